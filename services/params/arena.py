@@ -97,6 +97,15 @@ def attach(path: Path, generation: str) -> AttachedArena:
         return AttachedArena(fd, header, regions)
 
 
+def discard(path: Path) -> bool:
+    """Remove an arena file that nobody leases, damaged ones too; False if a sampler maps it."""
+    with suppress(LoaderGone, BlockingIOError), _opened(path, os.O_RDONLY) as fd:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink(missing_ok=True)
+        os.close(fd)
+    return not path.exists()
+
+
 class OwnedArena:
     """The loader's side of an arena: written through a descriptor, never mapped.
 
@@ -126,20 +135,19 @@ class OwnedArena:
         return cls(path, fd, header, regions)
 
     @classmethod
-    def adopt(cls, path: Path) -> "OwnedArena":
-        """Take over a dead owner's file. Raises BadArena.
-
-        What it was filling becomes ABSENT, what it called READY becomes VERIFYING until `verify`.
-        """
+    def open(cls, path: Path) -> "OwnedArena":
+        """A dead owner's file, as it was left; `adopt` makes it ours. Raises BadArena, or LoaderGone if it is gone."""
         with _opened(path, os.O_RDWR) as fd:
             header, regions = _read_front(fd)
             if os.fstat(fd).st_blocks * 512 < regions.file_bytes:
                 raise BadArena("an arena that is not backed by memory")
-            states = os.pread(fd, len(header.layout.extents), regions.states)
-            kept = (ExtentState.READY, ExtentState.VERIFYING)
-            adopted = (ExtentState.VERIFYING if state in kept else ExtentState.ABSENT for state in states)
-            os.pwrite(fd, bytes(adopted), regions.states)
             return cls(path, fd, header, regions)
+
+    def adopt(self) -> None:
+        """What the dead owner was filling becomes ABSENT; what it called READY becomes VERIFYING until `confirm`."""
+        kept = (ExtentState.READY, ExtentState.VERIFYING)
+        for extent, state in enumerate(self.states()):
+            self._set_state(extent, ExtentState.VERIFYING if state in kept else ExtentState.ABSENT)
 
     def states(self) -> list[ExtentState]:
         count = len(self.header.layout.extents)
@@ -181,14 +189,13 @@ class OwnedArena:
         return False
 
     def unlink(self, even_if_leased: bool = False) -> bool:
-        """Remove the file and close; False, with nothing done, if it is leased.
+        """Remove the file's name; False, with nothing done, if it is leased. The memory goes with `close`.
 
-        With `even_if_leased` the name goes now and the memory when the last sampler unmaps it.
+        With `even_if_leased` it goes when the last sampler has unmapped it.
         """
         if not self._lock() and not even_if_leased:
             return False
         self.path.unlink(missing_ok=True)
-        self.close()
         return True
 
     def close(self) -> None:

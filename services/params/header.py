@@ -59,6 +59,10 @@ class Header:
     identity: str
     layout: Layout
 
+    @property
+    def file_bytes(self) -> int:
+        return self.pack()[1].file_bytes
+
     def pack(self) -> tuple[bytes, Regions]:
         """The first bytes of the file, up to the data, with all extents ABSENT."""
         manifest = _pack_manifest(self)

@@ -125,6 +125,11 @@ async def run_until_signal(
             drain.cancel()
         with suppress(asyncio.CancelledError):
             await drain
+    release(address)
+
+
+def release(address: str) -> None:
+    """Remove the socket file of a server that has stopped; other addresses need nothing."""
     if address.startswith(_UNIX):
         Path(address.removeprefix(_UNIX)).unlink(missing_ok=True)
 

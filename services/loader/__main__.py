@@ -1,0 +1,68 @@
+"""The loader's command line: configure, lock the arena folder, serve until a signal, give all memory back."""
+
+import asyncio
+import sys
+from collections.abc import Sequence
+
+import grpc
+import structlog
+from headwater.loader.v1 import loader_pb2_grpc
+
+from services.loader.arenas import ArenaDir
+from services.loader.config import Config, ConfigError, parse_args
+from services.loader.fill import Filler
+from services.loader.service import SERVICE, LoaderService
+from services.loader.store import ParamStore
+from services.rpc import logs
+from services.rpc.server import SERVING, add_health, add_reflection, bind, build_server, release, run_until_signal
+
+_log = structlog.get_logger()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a loader; 0 after a signal, 1 with one line on stderr for what the operator has to mend."""
+    try:
+        config = parse_args(argv)
+        logs.configure(config.log_format, config.log_level)
+        asyncio.run(_serve(config))
+    except ConfigError as error:
+        print(f"headwater-loader: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    except OSError as error:
+        print(f"headwater-loader: {error.strerror}", file=sys.stderr)  # noqa: T201
+        return 1
+    return 0
+
+
+async def _serve(config: Config) -> None:
+    directory = ArenaDir.open(config.arena_dir, config.allow_disk)
+    address = ""
+    try:
+        server = build_server()
+        address = bind(server, config.listen)
+        await _run(config, server, address, directory)
+    finally:
+        release(address)
+        directory.close()
+
+
+async def _run(config: Config, server: grpc.aio.Server, address: str, directory: ArenaDir) -> None:
+    filler = Filler(config.fill_threads, config.max_fill_rate, config.buffered_io)
+    store = ParamStore(config.models, directory, filler, config.extent_bytes, config.host_budget_bytes)
+    loader_pb2_grpc.add_LoaderServiceServicer_to_server(LoaderService(store), server)
+    health = add_health(server, SERVICE)
+    add_reflection(server, SERVICE)
+    try:
+        await store.start()
+        await server.start()
+        await health.set_all(SERVING)
+        _log.info("serving", address=address, models=len(config.models))
+        eager = [asyncio.create_task(store.load_all())] if config.eager_load else []
+        await run_until_signal(server, health, config.grace_s, store.begin_stop, address)
+        await asyncio.gather(*eager)
+    finally:
+        await store.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,173 @@
+"""The loader's folder in shared memory: its owner's lock, the arenas and the config folders in it.
+
+A folder has one loader at a time: LOCK_EX on `loader.lock`, which the kernel drops when the process dies.
+"""
+
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+import structlog
+import xxhash
+
+from services.errors import BadCheckpoint, HeadwaterError, HostMemoryFull
+from services.loader.catalog import ComponentSource, ModelSource
+from services.loader.config import ConfigError
+from services.params.arena import OwnedArena, discard
+from services.params.header import Header
+
+LOCK_NAME = "loader.lock"
+_ARENA_SUFFIX = ".arena"
+_CONFIG_PREFIX = "config-"
+
+_log = structlog.get_logger()
+
+
+class ArenaDir:
+    """A locked arena folder; use `open`, and `close` when the loader stops for good."""
+
+    def __init__(self, path: Path, lock: int, is_ours: bool) -> None:
+        self.path = path
+        self._lock = lock
+        self._is_ours = is_ours
+        self._boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", "")
+
+    @classmethod
+    def open(cls, path: Path, allow_disk: bool = False) -> "ArenaDir":
+        """Create (0700) if need be, and lock. Raises ConfigError: not a tmpfs, not writable, another loader."""
+        is_ours = not path.exists()
+        try:
+            path.mkdir(mode=0o700, exist_ok=True)
+            kind = filesystem_of(path)
+            if kind != "tmpfs" and not allow_disk:
+                raise ConfigError(f"{path} is on {kind}, not on a tmpfs: choose another --arena-dir or --allow-disk")
+            return cls(path, _lock(path / LOCK_NAME), is_ours)
+        except OSError as error:
+            raise ConfigError(f"cannot use the arena folder {path}: {error.strerror}") from error
+
+    def free_bytes(self) -> int:
+        """What new arenas can have: room on the tmpfs, but never more than the host has memory for."""
+        room = os.statvfs(self.path)
+        return min(room.f_bavail * room.f_frsize, _available_bytes())
+
+    def header(self, source: ComponentSource) -> Header:
+        """The header of a new generation of a component."""
+        return Header(source.name, secrets.token_hex(16), self._boot_id, source.identity, source.layout)
+
+    def create(self, header: Header) -> OwnedArena:
+        """Reserve a new arena. Raises HostMemoryFull, with nothing left behind."""
+        return OwnedArena.create(self.path / f"{header.component}-{header.generation}{_ARENA_SUFFIX}", header)
+
+    def adopt(self, sources: Iterable[ComponentSource]) -> dict[str, OwnedArena]:
+        """Arenas of a dead loader that hold what a source says, by identity; all others are removed.
+
+        One that a sampler still maps cannot be removed: it stays, is reported, and goes at a later start.
+        """
+        known = {source.identity: source for source in sources}
+        adopted: dict[str, OwnedArena] = {}
+        for path in sorted(self.path.glob(f"*{_ARENA_SUFFIX}")):
+            arena = self._open_wanted(path, known)
+            if arena and arena.header.identity not in adopted:
+                arena.adopt()
+                adopted[arena.header.identity] = arena
+                continue
+            if arena:
+                arena.close()
+            if not discard(path):
+                _log.warning("an old arena stays: a sampler maps it", arena=path.name)
+        return adopted
+
+    def _open_wanted(self, path: Path, known: dict[str, ComponentSource]) -> OwnedArena | None:
+        try:
+            arena = OwnedArena.open(path)
+        except HeadwaterError as error:
+            _log.warning("not an arena of this version", arena=path.name, reason=str(error))
+            return None
+        source = known.get(arena.header.identity)
+        if source and arena.header.boot_id == self._boot_id and arena.header.layout == source.layout:
+            return arena
+        arena.close()
+        return None
+
+    def publish_config(self, name: str, source: ModelSource) -> str:
+        """Copy a model's small files into a folder and return its base name; the folder appears whole or not at all."""
+        folder = self.path / f"{_CONFIG_PREFIX}{name}-{_config_digest(source)}"
+        if folder.is_dir():
+            return folder.name
+        scratch = self.path / f".{folder.name}"
+        try:
+            for inside, path in source.small_files:
+                _copy(path, scratch / inside)
+            scratch.rename(folder)
+        except OSError as error:
+            shutil.rmtree(scratch, ignore_errors=True)
+            if error.filename is None or str(error.filename).startswith(str(self.path)):
+                raise HostMemoryFull(f"the arena directory: {os.strerror(error.errno or 0)}") from error
+            raise BadCheckpoint(f"a file of the model cannot be read: {os.strerror(error.errno or 0)}") from error
+        return folder.name
+
+    def remove_config(self, name: str) -> None:
+        shutil.rmtree(self.path / name, ignore_errors=True)
+
+    def remove_configs_except(self, names: set[str]) -> None:
+        """Remove config folders of models that are not resident, and half-copied ones."""
+        for pattern in (f"{_CONFIG_PREFIX}*", f".{_CONFIG_PREFIX}*"):
+            for folder in self.path.glob(pattern):
+                if folder.name not in names:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """Remove the config folders and the lock; the folder too, if this loader made it and it is empty."""
+        self.remove_configs_except(set())
+        (self.path / LOCK_NAME).unlink(missing_ok=True)
+        os.close(self._lock)
+        if self._is_ours:
+            with suppress(OSError):
+                self.path.rmdir()
+
+
+def filesystem_of(path: Path) -> str:
+    """Kind of the file system that `path` is on, e.g. "tmpfs"."""
+    device = path.stat().st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        left, _, right = line.partition(" - ")
+        if left.split()[2] == number:
+            return right.split()[0]
+    return "an unknown file system"
+
+
+def _available_bytes() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    return 1 << 62
+
+
+def _lock(path: Path) -> int:
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o640)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(fd)
+            raise ConfigError(f"another loader owns {path.parent}") from error
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(fd), path.stat()):
+                return fd
+        os.close(fd)  # the last owner removed this very file while we opened it
+
+
+def _config_digest(source: ModelSource) -> str:
+    text = repr([(inside, path.stat().st_size, path.stat().st_mtime_ns) for inside, path in source.small_files])
+    return xxhash.xxh3_64_hexdigest(text.encode())
+
+
+def _copy(path: Path, target: Path) -> None:
+    target.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+    shutil.copyfile(path, target)
+    target.chmod(0o640)

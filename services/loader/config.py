@@ -1,0 +1,140 @@
+"""What the operator says: flags and models.toml, checked once, at start. The only reader of either."""
+
+import argparse
+import re
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.params.layout import EXTENT_BYTES, PAGE
+from services.rpc.logs import LOG_FORMATS, LOG_LEVELS, LogFormat
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class ConfigError(Exception):
+    """A flag or a line of models.toml that cannot work; the message is for the operator and may name paths."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelEntry:
+    """One table of models.toml. `variant` is diffusers' word: `fp16` picks `model.fp16.safetensors`."""
+
+    name: str
+    folder: Path
+    variant: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """All settings of a loader."""
+
+    models: tuple[ModelEntry, ...]
+    listen: str
+    arena_dir: Path
+    allow_disk: bool
+    eager_load: bool
+    host_budget_bytes: int | None
+    fill_threads: int
+    max_fill_rate: int | None
+    buffered_io: bool
+    extent_bytes: int
+    grace_s: float
+    log_format: LogFormat
+    log_level: str
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Config:
+    """The configuration of a command line. Raises ConfigError; argparse exits by itself for a wrong flag."""
+    args = vars(_parser().parse_args(argv))
+    return Config(models=read_models(args.pop("models")), **args)
+
+
+def read_models(path: Path) -> tuple[ModelEntry, ...]:
+    """The models of a models.toml, sorted by name; folders are relative to it. Raises ConfigError."""
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is no valid TOML: {error}") from error
+    _check_keys(f"{path}", document, {"models"})
+    models = document.get("models")
+    if not isinstance(models, dict) or not models:
+        raise ConfigError(f"{path} has no [models.NAME] table")
+    return tuple(_entry(path, name, table) for name, table in sorted(models.items()))
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `64GiB`, `100MB`, `1.5 GiB` or `4096`. Raises ValueError."""
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    if not match or match[2].upper() not in _UNITS:
+        raise ValueError(f"{text!r} is no size such as 64GiB or 100MB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _entry(path: Path, name: str, table: object) -> ModelEntry:
+    where = f"{path}: models.{name}"
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"{where}: a name is up to 64 letters, digits, dots, dashes and underscores")
+    if not isinstance(table, dict) or not isinstance(table.get("folder"), str):
+        raise ConfigError(f'{where} needs folder = "..."')
+    _check_keys(where, table, {"folder", "variant"})
+    variant = table.get("variant", "")
+    if not isinstance(variant, str) or (variant and not _NAME.fullmatch(variant)):
+        raise ConfigError(f'{where}: variant is a word such as "fp16"')
+    return ModelEntry(name, (path.parent / table["folder"]).absolute(), variant)
+
+
+def _check_keys(where: str, table: dict[str, object], known: set[str]) -> None:
+    if unknown := sorted(table.keys() - known):
+        raise ConfigError(f"{where}: unknown key {', '.join(unknown)} (known: {', '.join(sorted(known))})")
+
+
+def _size(text: str) -> int:
+    try:
+        size = parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if size <= 0:
+        raise argparse.ArgumentTypeError("must be more than 0")
+    return size
+
+
+def _extent_size(text: str) -> int:
+    if (size := _size(text)) % PAGE:
+        raise argparse.ArgumentTypeError(f"must be a multiple of {PAGE}")
+    return size
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 256:
+        raise argparse.ArgumentTypeError("must be a number from 1 to 256")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="headwater-loader",
+        description="Keep one shared-memory copy of each model's params and fill it from disk as it is asked.",
+    )
+    add = parser.add_argument
+    add(
+        "--models", type=Path, required=True, help="models.toml: a table [models.NAME] with folder = ... for each model"
+    )
+    add("--listen", required=True, metavar="ADDRESS", help="unix:/path (mode 0660) or host:port")
+    add("--arena-dir", type=Path, default=Path("/dev/shm/headwater"), help="folder on a tmpfs (default: %(default)s)")
+    add("--allow-disk", action="store_true", help="accept an arena folder that is not on a tmpfs")
+    add("--eager-load", action="store_true", help="fill all models now, not when they are asked for")
+    add("--host-budget", type=_size, dest="host_budget_bytes", metavar="SIZE", help="most bytes of arenas, e.g. 64GiB")
+    add("--fill-threads", type=_count, default=8, metavar="N", help="threads that read (default: %(default)s)")
+    add("--max-fill-rate", type=_size, metavar="SIZE", help="most bytes a second to read from disk")
+    add("--buffered-io", action="store_true", help="read through the page cache instead of around it")
+    add("--extent-bytes", type=_extent_size, default=EXTENT_BYTES, metavar="SIZE", help="unit of fill (default: 64MiB)")
+    add("--grace", type=float, dest="grace_s", default=5.0, metavar="S", help="seconds that running calls get at stop")
+    add("--log-format", choices=LOG_FORMATS, default="text")
+    add("--log-level", choices=LOG_LEVELS, default="info")
+    return parser
