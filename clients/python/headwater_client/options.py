@@ -1,0 +1,36 @@
+"""What can be asked of a picture, in the library's words."""
+
+from typing import Literal, Required, TypedDict
+
+
+class Options(TypedDict, total=False):
+    """Options of generate() and stream(). What is left out, or None, is the model's default or the server's.
+
+    width, height: pixels. seed: of the first picture, the next ones count up. count: pictures.
+    preview_every: steps between previews; preview_edge: their longest edge in pixels.
+    quality: of lossy formats, 1 to 100. numerics: refused if the server is set up otherwise.
+    request_id: names the request in the server's log and derives the seed; a random UUID by default.
+    """
+
+    model: str | None
+    negative_prompt: str | None
+    width: int | None
+    height: int | None
+    steps: int | None
+    guidance_scale: float | None
+    true_cfg_scale: float | None
+    seed: int | None
+    count: int | None
+    request_id: str | None
+    max_sequence_length: int | None
+    preview_every: int | None
+    preview_edge: int | None
+    format: Literal["png", "jpeg", "webp"] | str | None
+    quality: int | None
+    numerics: Literal["eager", "compiled"] | str | None
+
+
+class Parameters(Options, total=False):
+    """Options together with the prompt: all that a request is."""
+
+    prompt: Required[str]

@@ -1,0 +1,70 @@
+"""Where the command line puts pictures, and the checks made before anything is asked of a server."""
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import InvalidRequest
+from .events import Image, Preview
+from .files import write_whole
+
+FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+SIZE = re.compile(r"(\d{1,5})[xX](\d{1,5})")
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """Names of files: `path` for one picture; with the index before the suffix (out-0.png) if there are several."""
+
+    path: Path
+    count: int
+    preview_dir: Path | None
+
+    def check(self) -> None:
+        """Raises InvalidRequest if the files could not be written."""
+        if self.path.suffix.lower() not in FORMATS:
+            raise InvalidRequest.of(("--output", f"{str(self.path)!r} must end in {', '.join(FORMATS)}"))
+        if self.path.is_dir():
+            raise InvalidRequest.of(("--output", f"{self.path} is a directory"))
+        _check_directory("--output", self.path.parent)
+        if self.preview_dir is not None:
+            _check_directory("--save-preview", self.preview_dir)
+
+    @property
+    def format(self) -> str:
+        """The encoding that the suffix stands for."""
+        return FORMATS[self.path.suffix.lower()]
+
+    def image_path(self, index: int) -> Path:
+        """Where picture `index` goes."""
+        return self.path if self.count == 1 else self.path.with_stem(f"{self.path.stem}-{index}")
+
+    def write(self, image: Image) -> Path:
+        """Write a picture; an existing file is replaced. Raises OSError."""
+        path = self.image_path(image.image_index)
+        write_whole(path, image.data)
+        return path
+
+    def write_preview(self, preview: Preview) -> None:
+        """Write a preview, e.g. out-0-step-3.png, if they are wanted. Raises OSError."""
+        if self.preview_dir is not None:
+            name = f"{self.image_path(preview.image_index).stem}-step-{preview.step}.png"
+            write_whole(self.preview_dir / name, preview.data)
+
+
+def _check_directory(option: str, directory: Path) -> None:
+    if not directory.is_dir():
+        raise InvalidRequest.of((option, f"the directory {directory} does not exist; make it first"))
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise InvalidRequest.of((option, f"the directory {directory} is not writable"))
+
+
+def parse_size(text: str | None) -> tuple[int | None, int | None]:
+    """Width and height of "1024x688"; None for the model's. Raises InvalidRequest."""
+    if text is None:
+        return None, None
+    match = SIZE.fullmatch(text.strip())
+    if match is None:
+        raise InvalidRequest.of(("--size", f"{text!r} is no size; write WIDTHxHEIGHT, e.g. 1024x688"))
+    return int(match[1]), int(match[2])

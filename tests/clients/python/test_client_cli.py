@@ -1,0 +1,224 @@
+"""The command line as its users meet it: a process, its files, its two streams and its exit code."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scripted_sampler import ScriptedSampler, Stage, draw, info, png
+
+ROOT = Path(__file__).resolve().parents[3]
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "headwater_client.cli", *arguments]
+
+
+@pytest.fixture
+def environment(address: str) -> dict[str, str]:
+    """Where the package and the sampler are."""
+    path = os.pathsep.join(str(ROOT / part) for part in ("gen", "clients/python"))
+    return {"PATH": os.environ["PATH"], "PYTHONPATH": path, "HEADWATER_ADDRESS": address, "PYTHONWARNINGS": "error"}
+
+
+@pytest.fixture
+def headwater(environment: dict[str, str], tmp_path: Path) -> Run:
+    """Runs the command in an empty directory and waits."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command(*arguments), env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=20, check=False
+        )
+
+    return run
+
+
+def files(directory: Path) -> set[str]:
+    """What is there besides the socket."""
+    return {path.name for path in directory.iterdir()} - {"sampler.sock"}
+
+
+def test_pictures_are_written_and_named(headwater: Run, sampler: ScriptedSampler, tmp_path: Path) -> None:
+    """File names go to stdout, plain lines without control codes to stderr."""
+    done = headwater("generate", "a fox", "-o", "out.png", "--seed", "7", "--count", "2", "--size", "48x32")
+
+    assert (done.returncode, done.stdout) == (0, "out-0.png\nout-1.png\n")
+    assert files(tmp_path) == {"out-0.png", "out-1.png"}
+    assert (tmp_path / "out-1.png").read_bytes() == png(8)
+    assert (sampler.requests[0].width_px, sampler.requests[0].height_px) == (48, 32)
+    assert "queued, 2 before this one, about 12 s\n" in done.stderr
+    assert "picture 1: preparing 1.0 GB of 12.3 GB\n" in done.stderr
+    assert "picture 0: denoising 0/3\n" in done.stderr
+    assert "picture 1: done 48x32 seed 8\n" in done.stderr
+    assert "\x1b" not in done.stderr
+    assert "\r" not in done.stderr
+
+
+def test_json_is_one_document_and_nothing_else(headwater: Run, sampler: ScriptedSampler, tmp_path: Path) -> None:
+    """Files, seeds, times, bytes and parameters; stderr stays empty."""
+    done = headwater("generate", "a fox", "-o", "out.png", "--seed", "7", "--json")
+    document = json.loads(done.stdout)
+
+    assert done.stderr == ""
+    assert document["files"] == ["out.png"]
+    assert document["seeds"] == [7]
+    assert document["images"][0]["size_bytes"] == (tmp_path / "out.png").stat().st_size
+    assert (document["run_time_s"], document["streamed_bytes"]) == (1.5, 7_000_000)
+    assert document["phase_times_s"] == {"denoising": 1.2}
+    assert document["parameters"]["prompt"] == "a fox"
+
+
+def test_quiet_says_nothing(headwater: Run, sampler: ScriptedSampler) -> None:
+    """Success is silent."""
+    done = headwater("generate", "a fox", "--quiet")
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_previews_are_kept(headwater: Run, sampler: ScriptedSampler, tmp_path: Path) -> None:
+    """They go where --save-preview says, named by picture and step."""
+    (tmp_path / "steps").mkdir()
+    done = headwater("generate", "a fox", "--save-preview", "steps", "--preview-every", "2", "--steps", "4", "--quiet")
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert files(tmp_path / "steps") == {"out-step-2.png", "out-step-4.png"}
+    assert (tmp_path / "steps/out-step-4.png").read_bytes() == png(4, 24, 16)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate", "a", "-o", "gone/out.png"], "the directory gone does not exist"),
+        (["generate", "a", "-o", "out.bmp"], "must end in .png"),
+        (["generate", "a", "-o", "out"], "must end in .png"),
+        (["generate", "a", "--size", "big"], "'big' is no size"),
+        (["generate", "a", "--steps", "many"], "'many' is not a valid integer"),
+        (["generate", "a", "--steps", "99999999999"], "steps: 99999999999 is"),
+        (["generate", "a", "--preview-every", "2"], "--save-preview"),
+        (["generate", "a", "--save-preview", "gone"], "the directory gone does not exist"),
+        (["generate", "a", "--timeout", "0"], "timeout"),
+        (["generate"], "Missing argument 'PROMPT'"),
+        (["generate", "a", "--sise", "4"], "--sise"),
+        (["paint"], "paint"),
+        (["status", "--address", "nowhere"], "'nowhere' is no address"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_1(
+    headwater: Run, sampler: ScriptedSampler, tmp_path: Path, arguments: list[str], words: str
+) -> None:
+    """Nothing is sent to the server, and nothing is written."""
+    done = headwater(*arguments)
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("headwater: error: ")
+    assert done.stderr.count("\n") == 1
+    assert words in done.stderr
+    assert sampler.requests == []
+    assert files(tmp_path) == set()
+
+
+def test_an_error_of_the_server_is_one_clean_line(headwater: Run, sampler: ScriptedSampler, tmp_path: Path) -> None:
+    """Line breaks and control codes of a message do not reach the terminal."""
+
+    async def fail(stage: Stage) -> None:
+        await stage.fail("NOT_FOUND", "no model\n'x' \x1b[31m; there are: demo", info("UNKNOWN_MODEL"))
+
+    sampler.scripts = [fail]
+    done = headwater("generate", "a fox", "--model", "x")
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "headwater: error: no model 'x'  [31m; there are: demo\n"
+    assert files(tmp_path) == set()
+
+
+def test_nobody_listening_is_one_line(headwater: Run, address: str) -> None:
+    """The address and the remedy, no traceback, no log line of gRPC."""
+    done = headwater("status")
+
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"headwater: error: nothing answers at {address}: start headwater-sampler")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_file_that_cannot_be_written_is_one_line(headwater: Run, sampler: ScriptedSampler, tmp_path: Path) -> None:
+    """The directory may vanish while the picture is drawn; no draft is left."""
+    gone = tmp_path / "soon"
+    gone.mkdir()
+
+    async def remove_then_draw(stage: Stage) -> None:
+        gone.rmdir()
+        await draw(stage)
+
+    sampler.scripts = [remove_then_draw]
+    done = headwater("generate", "a fox", "-o", "soon/out.png", "--quiet")
+
+    assert done.returncode == 1
+    assert done.stderr.startswith("headwater: error: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_failing_request_keeps_whole_files_only(headwater: Run, sampler: ScriptedSampler, tmp_path: Path) -> None:
+    """The picture that was complete stays, the one that was not leaves nothing."""
+
+    async def half(stage: Stage) -> None:
+        await stage.started()
+        await stage.picture(0, png(0))
+        await stage.say(image_chunk={"image_index": 1, "data": png(1)[:500]})
+        await stage.fail("INTERNAL", "it broke", info("INTERNAL"))
+
+    sampler.scripts = [half]
+    done = headwater("generate", "a fox", "--count", "2")
+
+    assert done.returncode == 1
+    assert done.stderr.endswith("headwater: error: it broke\n")
+    assert files(tmp_path) == {"out-0.png"}
+
+
+def test_ctrl_c_cancels_on_the_server(sampler: ScriptedSampler, environment: dict[str, str], tmp_path: Path) -> None:
+    """SIGINT ends the process with 130 and the work with it."""
+
+    async def hang(stage: Stage) -> None:
+        await stage.started()
+        await stage.hang()
+
+    sampler.scripts = [hang]
+    process = subprocess.Popen(
+        command("generate", "a fox"), env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    assert sampler.hanging.wait(10)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=10)
+
+    assert process.returncode == 130
+    assert sampler.cancelled.wait(5)
+    assert stderr.endswith("headwater: cancelled\n")
+    assert "Traceback" not in stderr
+    assert files(tmp_path) == set()
+
+
+def test_models_and_status_are_tables_or_json(headwater: Run, sampler: ScriptedSampler) -> None:
+    """Text of the server stays text, whatever it looks like."""
+    models, status = headwater("models"), headwater("status")
+    documents: list[Any] = [json.loads(headwater(name, "--json").stdout) for name in ("models", "status")]
+
+    assert models.stdout.splitlines()[0].split() == ["MODEL", "PIPELINE", "STATE", "READY", "SIZE", "ATTACHED"]
+    assert "failed: no [bold] file" in models.stdout
+    assert "replica-a (headwater 0.1.0)" in status.stdout
+    assert [model["state"] for model in documents[0]] == ["failed", "ready"]
+    assert documents[1]["attached_models"] == ["demo"]
+
+
+def test_prepare_tells_bytes(headwater: Run, sampler: ScriptedSampler) -> None:
+    """Plain lines on stderr, or one document on stdout."""
+    plain, document = headwater("prepare", "demo"), headwater("prepare", "--json")
+
+    assert (plain.returncode, plain.stdout) == (0, "")
+    assert plain.stderr.splitlines()[-1] == "demo: ready, 12.3 GB of 12.3 GB"
+    assert json.loads(document.stdout)["done"] is True
+    assert document.stderr == ""
