@@ -5,10 +5,11 @@ Exit codes: 0 done; 1 anything wrong, said in one line; 130 Ctrl-C, which also c
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
@@ -17,8 +18,6 @@ from .blocking import Client
 from .errors import HeadwaterError, InvalidRequest
 from .events import Event, Finished, Image, Preview
 from .outputs import Outputs, parse_size
-
-Command = TypeVar("Command", bound=Callable[..., Any])
 
 address = click.option(
     "--address",
@@ -32,8 +31,15 @@ as_json = click.option("--json", "as_json", is_flag=True, help="One JSON documen
 timeout = click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds for everything.")
 
 
+def _version() -> str:
+    try:
+        return metadata.version("headwater-client")
+    except metadata.PackageNotFoundError:
+        return "from source"
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="headwater-client", prog_name="headwater")
+@click.version_option(_version(), prog_name="headwater")
 def cli() -> None:
     """Draw pictures with a Headwater sampler."""
 

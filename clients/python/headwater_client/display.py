@@ -51,8 +51,12 @@ def _terminal() -> bool:
 @contextmanager
 def _bars(board: Board) -> Iterator[Show]:
     # The renderable is made anew at each refresh, so the rate and the pulse move without events.
-    with Live(get_renderable=lambda: _render(board), console=Console(stderr=True), refresh_per_second=10):
-        yield board.add
+    with Live(get_renderable=lambda: _render(board), console=Console(stderr=True), refresh_per_second=10) as live:
+        try:
+            yield board.add
+        except BaseException:
+            live.transient = not board.rows
+            raise
 
 
 def _render(board: Board) -> RenderableType:
@@ -67,7 +71,8 @@ def _render(board: Board) -> RenderableType:
 
 def _grid(rows: list[Row]) -> Table:
     columns = [Column(no_wrap=True), Column(no_wrap=True, min_width=9), Column(ratio=1)]
-    grid = Table.grid(*columns, Column(no_wrap=True, justify="right"), Column(no_wrap=True), padding=(0, 1))
+    columns += [Column(no_wrap=True, min_width=5, justify="right"), Column(no_wrap=True, min_width=11)]
+    grid = Table.grid(*columns, padding=(0, 1))
     grid.expand = True
     for row in rows:
         grid.add_row(f"picture {row.index}", row.phase, _bar(row.done, row.total), row.count, row.note)
@@ -109,8 +114,12 @@ class _Lines:
 @contextmanager
 def _byte_bar() -> Iterator[ShowPreparation]:
     news: list[Preparation] = []
-    with Live(get_renderable=lambda: _byte_row(news), console=Console(stderr=True), refresh_per_second=10):
-        yield lambda event: news.__setitem__(slice(None), [event])
+    with Live(get_renderable=lambda: _byte_row(news), console=Console(stderr=True), refresh_per_second=10) as live:
+        try:
+            yield lambda event: news.__setitem__(slice(None), [event])
+        except BaseException:
+            live.transient = not news
+            raise
 
 
 def _byte_row(news: list[Preparation]) -> RenderableType:

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from client_theatre import ScriptedSampler, Theatre
 from headwater_client import Client
-from scripted_sampler import ScriptedSampler, Theatre
 
 
 @pytest.fixture(scope="session")

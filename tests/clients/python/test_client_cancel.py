@@ -5,8 +5,8 @@ import threading
 from contextlib import aclosing
 
 import pytest
+from client_theatre import ScriptedSampler, Stage, Theatre
 from headwater_client import AsyncClient, Cancelled, Client, DeadlineExceeded, Started
-from scripted_sampler import ScriptedSampler, Stage, Theatre
 
 
 async def begin_and_hang(stage: Stage) -> None:

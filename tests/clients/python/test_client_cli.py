@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scripted_sampler import ScriptedSampler, Stage, draw, info, png
+from client_theatre import ScriptedSampler, Stage, draw, info, png
+from headwater_client.cli import main
 
 ROOT = Path(__file__).resolve().parents[3]
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -37,6 +38,15 @@ def headwater(environment: dict[str, str], tmp_path: Path) -> Run:
         )
 
     return run
+
+
+@pytest.fixture
+def in_process(environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The environment of `headwater` for calls of main; gives the working directory."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("HEADWATER_ADDRESS", "GRPC_VERBOSITY"):
+        monkeypatch.setenv(name, environment.get(name, "NONE"))
+    return tmp_path
 
 
 def files(directory: Path) -> set[str]:
@@ -110,17 +120,33 @@ def test_previews_are_kept(headwater: Run, sampler: ScriptedSampler, tmp_path: P
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_1(
-    headwater: Run, sampler: ScriptedSampler, tmp_path: Path, arguments: list[str], words: str
+    in_process: Path,
+    sampler: ScriptedSampler,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    words: str,
 ) -> None:
     """Nothing is sent to the server, and nothing is written."""
-    done = headwater(*arguments)
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    stdout, stderr = capsys.readouterr()
 
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("headwater: error: ")
-    assert done.stderr.count("\n") == 1
-    assert words in done.stderr
+    assert (caught.value.code, stdout) == (1, "")
+    assert stderr.startswith("headwater: error: ")
+    assert stderr.count("\n") == 1
+    assert words in stderr
     assert sampler.requests == []
-    assert files(tmp_path) == set()
+    assert files(in_process) == set()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["--version"]])
+def test_help_is_no_error(in_process: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    """It goes to stdout with exit code 0."""
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+
+    assert caught.value.code == 0
+    assert "headwater" in capsys.readouterr().out
 
 
 def test_an_error_of_the_server_is_one_clean_line(headwater: Run, sampler: ScriptedSampler, tmp_path: Path) -> None:

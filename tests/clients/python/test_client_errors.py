@@ -7,9 +7,9 @@ from typing import Any
 
 import headwater_client as hw
 import pytest
+from client_theatre import ScriptedSampler, Stage, Theatre, draw, info, retry_after
 from google.rpc import error_details_pb2
 from headwater_client import AsyncClient, Client
-from scripted_sampler import ScriptedSampler, Stage, Theatre, draw, info, retry_after
 
 TABLE = [
     ("INVALID_ARGUMENT", "INVALID_REQUEST", hw.InvalidRequest),

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 import pytest
+from client_theatre import ScriptedSampler, Stage, Theatre, png
 from headwater_client import (
     AsyncClient,
     BrokenReply,
@@ -21,7 +22,6 @@ from headwater_client import (
     Queued,
     Started,
 )
-from scripted_sampler import ScriptedSampler, Stage, Theatre, png
 
 
 def test_the_events_come_typed_and_in_order(client: Client) -> None:

@@ -58,10 +58,12 @@ class Stage:
 
     def __init__(self, request: pb.GenerateRequest, context: Any, sampler: "ScriptedSampler") -> None:
         self.request, self.sampler, self._context = request, sampler, context
+        self._writing = asyncio.Lock()
 
     async def say(self, **event: Any) -> None:
         """Send one event."""
-        await self._context.write(pb.GenerateResponse(**event))
+        async with self._writing:
+            await self._context.write(pb.GenerateResponse(**event))
 
     async def fail(self, code: str, message: str, *details: Any) -> None:
         """End the call."""
