@@ -1,0 +1,243 @@
+"""Builds a diffusers pipeline whose params are views of arenas.
+
+The libraries' own loaders put the views in place, for they know every historic tensor name; they are given no file.
+What ends up outside the arena (converted, tied to nothing, or not in the checkpoint) is listed with its reason, and a
+pipeline with a tensor left on meta is refused. Must run under the baton: building sets torch's default dtype.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from accelerate import init_empty_weights
+from torch import nn
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
+
+from services.errors import BadCheckpoint, UnsupportedModel
+from services.params.arena import AttachedArena
+from services.sampler.gates import BoundParam, arena_bytes
+
+DTYPES = {
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+# Below 5, hooks on shared modules kept one caller's hidden states for the next.
+TRANSFORMERS_FLOOR = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Outside:
+    """A tensor that is not in the arena, and why."""
+
+    name: str
+    size_bytes: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class BoundComponent:
+    """A component whose params were bound; `params` are those with bytes in the arena."""
+
+    name: str
+    module: nn.Module
+    arena: AttachedArena
+    params: tuple[BoundParam, ...]
+    outside: tuple[Outside, ...]
+    dtype: torch.dtype
+
+
+def check_libraries() -> None:
+    """Raises UnsupportedModel if transformers is too old to share modules between requests."""
+    if int(transformers.__version__.split(".")[0]) < TRANSFORMERS_FLOOR:
+        raise UnsupportedModel(f"transformers {transformers.__version__} is too old: install {TRANSFORMERS_FLOOR} or newer")
+
+
+def build_pipeline(config: Path, arenas: Mapping[str, AttachedArena]) -> tuple[Any, list[BoundComponent]]:
+    """The pipeline of the folder `config`, its params bound to `arenas` by component name.
+
+    Returns (diffusers pipeline, components). Raises UnsupportedModel, BadCheckpoint.
+    """
+    index = json.loads((config / "model_index.json").read_text())
+    pipeline_class = pipeline_class_of(index)
+    wanted = {name: entry for name, entry in index.items() if is_component(entry)}
+    components = [bind(name, *wanted[name], config / name, arenas[name]) for name in sorted(arenas) if name in wanted]
+    missing = [c for c in ("transformer", "unet", "vae") if c in wanted and c not in arenas]
+    if missing:
+        raise BadCheckpoint(f"the folder has no params for {', '.join(missing)}")
+    try:
+        pipeline = pipeline_class.from_pretrained(
+            str(config), local_files_only=True, **{c.name: c.module for c in components}
+        )
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise BadCheckpoint(f"diffusers cannot build {pipeline_class.__name__} from the folder's configs") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline, components
+
+
+def is_component(entry: object) -> bool:
+    return isinstance(entry, list) and len(entry) == 2 and entry[0] is not None
+
+
+def pipeline_class_of(index: Mapping[str, object]) -> type:
+    """The pipeline class that model_index.json names. Raises UnsupportedModel."""
+    name = str(index.get("_class_name"))
+    found = getattr(diffusers, name, None)
+    if not (isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)):
+        raise UnsupportedModel(f"diffusers {diffusers.__version__} has no pipeline class {name}")
+    if "PAG" in name:
+        # It swaps attention processors on the shared modules in mid-request, under the other riders.
+        raise UnsupportedModel(f"{name} rewrites shared modules while it draws: use the pipeline without PAG")
+    return found
+
+
+def bind(name: str, library: str, class_name: str, config: Path, arena: AttachedArena) -> BoundComponent:
+    """Build one component with its params as views of the arena. Raises BadCheckpoint, UnsupportedModel."""
+    cls = component_class(library, class_name)
+    views = arena_views(arena)
+    floats = Counter[torch.dtype]()
+    for view in views.values():
+        if view.is_floating_point():
+            floats[view.dtype] += view.numel()
+    dtype = floats.most_common(1)[0][0] if floats else torch.float32
+    build = bind_transformers if issubclass(cls, transformers.PreTrainedModel) else bind_diffusers
+    try:
+        module, reasons = build(cls, config, views, dtype)
+    except (RuntimeError, ValueError, OSError, KeyError) as error:
+        raise BadCheckpoint(f"{name}: {class_name} cannot take these params: {first_line(error)}") from error
+    module.eval().requires_grad_(False)
+    refuse_meta(name, module)
+    inside, outside = sort_tensors(module, arena, lambda tensor_name: reasons.get(tensor_name, "converted by the library"))
+    return BoundComponent(name, module, arena, tuple(inside), tuple(outside), dtype)
+
+
+def first_line(error: BaseException) -> str:
+    """What a library says, short and without a path."""
+    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return "the folder lacks a file" if "/" in line else line[:200]
+
+
+def component_class(library: str, class_name: str) -> type[nn.Module]:
+    """The class that an entry of model_index.json names; some pipelines bring classes of their own."""
+    for module_name in (library, f"diffusers.pipelines.{library}"):
+        if module_name.split(".")[0] not in ("diffusers", "transformers"):
+            continue
+        try:
+            found = getattr(importlib.import_module(module_name), class_name, None)
+        except ImportError:
+            continue
+        if isinstance(found, type) and issubclass(found, nn.Module):
+            return found
+    raise UnsupportedModel(f"neither diffusers nor transformers has the class {class_name}")
+
+
+def arena_views(arena: AttachedArena) -> dict[str, torch.Tensor]:
+    """Every tensor of the arena under its checkpoint name, as it lies there. Reads no byte of it."""
+    data = arena_bytes(arena)
+    views = {}
+    for tensor in arena.tensors:
+        if tensor.dtype not in DTYPES:
+            raise BadCheckpoint(f"{tensor.name} is {tensor.dtype}, which no pipeline here computes with")
+        flat = data[tensor.offset : tensor.offset + tensor.size_bytes].view(DTYPES[tensor.dtype])
+        views[tensor.name] = flat.view(tensor.shape)
+    return views
+
+
+Reasons = dict[str, str]
+
+
+def bind_diffusers(
+    cls: Any, config: Path, views: dict[str, torch.Tensor], dtype: torch.dtype
+) -> tuple[nn.Module, Reasons]:
+    """A diffusers model over `views`: parameters from meta, buffers real."""
+    with init_empty_weights(include_buffers=False):
+        module: Any = cls.from_config(cls.load_config(str(config)))
+    if hasattr(module, "_fix_state_dict_keys_on_load"):
+        module._fix_state_dict_keys_on_load(views)
+    missing = module.load_state_dict(views, assign=True, strict=False).missing_keys
+    if missing:
+        raise ValueError(f"{len(missing)} tensors are not in the checkpoint, e.g. {', '.join(missing[:3])}")
+    reasons = {}
+    kept = set(module._keep_in_fp32_modules or ())
+    for name, param in module.named_parameters():
+        if kept.intersection(name.split(".")) and param.dtype in (torch.float16, torch.bfloat16):
+            param.data = param.data.float()
+            reasons[name] = "the model keeps it in float32"
+    return module, reasons
+
+
+def bind_transformers(
+    cls: Any, config: Path, views: dict[str, torch.Tensor], dtype: torch.dtype
+) -> tuple[nn.Module, Reasons]:
+    """A transformers model over `views`, names mapped by its own loader."""
+    module, info = cls.from_pretrained(
+        None,
+        config=cls.config_class.from_pretrained(str(config)),
+        state_dict=views,
+        dtype=dtype,
+        output_loading_info=True,
+        local_files_only=True,
+    )
+    if info["missing_keys"] or info.get("mismatched_keys"):
+        names = sorted(map(str, [*info["missing_keys"], *info.get("mismatched_keys", [])]))
+        raise ValueError(f"{len(names)} tensors are not in the checkpoint as needed, e.g. {', '.join(names[:3])}")
+    # Otherwise the first call installs them, in the middle of somebody's sweep.
+    for part in module.modules():
+        if isinstance(part, transformers.PreTrainedModel):
+            maybe_install_capturing_hooks(part)
+    return module, {}
+
+
+def refuse_meta(name: str, module: nn.Module) -> None:
+    """A tensor left on meta draws wrong pictures without a word."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    tensors += [(f"{n}.{k}", v) for n, m in module.named_modules() for k, v in vars(m).items() if torch.is_tensor(v)]
+    left = [n for n, t in tensors if t.is_meta]
+    if left:
+        raise BadCheckpoint(f"{name}: {len(left)} tensors have no value, e.g. {', '.join(left[:3])}")
+
+
+def sort_tensors(
+    module: nn.Module, arena: AttachedArena, reason: Callable[[str], str]
+) -> tuple[list[BoundParam], list[Outside]]:
+    """Tell tensors with bytes in the arena from those outside; buffers that the code itself makes are not params."""
+    data = arena_bytes(arena)
+    base, end = data.data_ptr(), data.data_ptr() + data.numel()
+    inside: dict[int, BoundParam] = {}
+    outside: dict[int, Outside] = {}
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    params = {id(p) for p in module.parameters()}
+    for name, tensor in named:
+        size = span_bytes(tensor)
+        if base <= tensor.data_ptr() < end and size:
+            view = tensor.detach()
+            inside[id(tensor)] = BoundParam(tensor, tensor.data_ptr() - base, size, view)
+        elif id(tensor) in params:
+            outside[id(tensor)] = Outside(name, size, reason(name))
+    return list(inside.values()), list(outside.values())
+
+
+def span_bytes(tensor: torch.Tensor) -> int:
+    """Bytes from the first to past the last element, strides considered."""
+    if not tensor.numel():
+        return 0
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()

@@ -1,0 +1,131 @@
+"""One picture: an unmodified pipeline call on a request's view, watched from outside.
+
+Steps are counted on the request's own scheduler (several pipelines have no step callback). Runs in a rider's thread.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from PIL import Image
+
+from services.errors import DeviceMemoryFull
+from services.sampler.gates import Gate
+from services.sampler.model import AttachedModel, is_encoder
+from services.sampler.previews import denoised_latents, preview_image
+from services.sampler.requests import ImageRequest, Phase, Progress
+
+Emit = Callable[[Progress], None]
+EmitPreview = Callable[[int, Image.Image], None]
+
+
+class Drawing:
+    """Draws picture `index` of a resolved request and says how it goes.
+
+    `emit` and `emit_preview` are called in the rider's thread and must not block or raise.
+    """
+
+    def __init__(
+        self, model: AttachedModel, request: ImageRequest, index: int, emit: Emit, emit_preview: EmitPreview
+    ) -> None:
+        self.phase_s: dict[Phase, float] = {}
+        self._model = model
+        self._request = request
+        self._index = index
+        self._emit = emit
+        self._emit_preview = emit_preview
+        self._phase: Phase | None = None
+        self._since = time.monotonic()
+        self._previewing = False
+        self._sigmas: list[float] | None = None
+        self.step = 0
+
+    def draw(self) -> Image.Image:
+        """Run the pipeline; returns the picture. Raises what the gates raise, and DeviceMemoryFull."""
+        try:
+            self._model.bring_pinned()
+            view = self._model.request_view()
+            view.scheduler.__dict__["step"] = self._watched(view, view.scheduler.step)
+            # Noise comes from the CPU's generator on every device: the same seed is the same noise everywhere.
+            generator = torch.Generator("cpu").manual_seed(self._request.seed_of(self._index))
+            arguments = self._model.traits.call_arguments(self._request)
+            picture: Image.Image = view(**arguments, generator=generator, output_type="pil").images[0]
+        except torch.OutOfMemoryError as error:
+            size = f"{self._request.width_px}x{self._request.height_px}"
+            raise DeviceMemoryFull(f"{size} does not fit the VRAM budget: ask for less, or raise --max-vram") from error
+        else:
+            return picture
+        finally:
+            self._model.mend()
+            self._enter_phase(None)
+
+    def passed(self, gate: Gate, waits: bool) -> None:
+        """The rider stands at a gate whose bytes are still being read (`waits`), or passes it."""
+        if self._previewing:
+            return
+        phase = Phase.PREPARING if waits or gate.pinned else self._phase_of(gate)
+        if waits or phase is not self._phase:
+            self._enter_phase(phase)
+            self._say(phase)
+
+    def _phase_of(self, gate: Gate) -> Phase:
+        if gate.component in self._model.units:
+            return Phase.DECODING
+        return Phase.ENCODING if is_encoder(gate.component) else Phase.DENOISING
+
+    def _enter_phase(self, phase: Phase | None) -> None:
+        now = time.monotonic()
+        if self._phase is not None:
+            self.phase_s[self._phase] = self.phase_s.get(self._phase, 0.0) + now - self._since
+        self._phase, self._since = phase, now
+
+    def _say(self, phase: Phase, step_count: int = 0, sigma: float | None = None) -> None:
+        if phase is Phase.PREPARING:
+            news = Progress(
+                self._index, phase, ready_bytes=self._model.ready_bytes, total_bytes=self._model.size_bytes
+            )
+        elif phase is Phase.DENOISING:
+            news = Progress(self._index, phase, self.step, step_count or self._request.step_count, sigma)
+        else:
+            news = Progress(self._index, phase)
+        self._emit(news)
+
+    def _watched(self, view: Any, step: Callable[..., Any]) -> Callable[..., Any]:
+        """The scheduler's step, counted; the pipeline sees the same signature and the same results."""
+
+        @functools.wraps(step)
+        def watched(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **options: Any) -> Any:
+            scheduler = view.scheduler
+            result = step(model_output, timestep, sample, *args, **options)
+            self.step += 1
+            step_count = len(scheduler.timesteps)
+            self._say(Phase.DENOISING, step_count, self._sigma_after(scheduler))
+            if self._wants_preview(step_count):
+                self._preview(view, denoised_latents(scheduler, model_output, sample, result))
+            return result
+
+        return watched
+
+    def _sigma_after(self, scheduler: Any) -> float | None:
+        if self._sigmas is None:
+            sigmas = getattr(scheduler, "sigmas", None)
+            # Read once: on a GPU each look at the tensor would wait for the device.
+            self._sigmas = sigmas.tolist() if isinstance(sigmas, torch.Tensor) else []
+        at = getattr(scheduler, "step_index", None)
+        return self._sigmas[at] if at is not None and at < len(self._sigmas) else None
+
+    def _wants_preview(self, step_count: int) -> bool:
+        every = self._request.preview_every
+        return every > 0 and self.step % every == 0 and self.step < step_count
+
+    def _preview(self, view: Any, latents: torch.Tensor) -> None:
+        self._previewing = True
+        try:
+            size = (self._request.width_px, self._request.height_px)
+            self._emit_preview(self.step, preview_image(view, latents, size, self._request.preview_edge_px))
+        finally:
+            self._previewing = False

@@ -1,0 +1,210 @@
+"""A model attached to a sampler: the shared pipeline, its gates, and the view of it that one request gets.
+
+A request's view is a shallow copy of the pipeline with a scheduler of its own. Denoisers and text encoders are shared
+modules with gates on them. An autoencoder is called by `decode`, may keep state on itself and may be cast in
+mid-request, so each request has its own tree of the autoencoder's modules; only the bytes of its params are shared,
+and they are bound for the time of a decode.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import structlog
+import torch
+from torch import nn
+
+from services.sampler.binding import BoundComponent
+from services.sampler.engine import Engine
+from services.sampler.gates import Gate, absent, is_host_lookup, split
+from services.sampler.guard import Guard
+from services.sampler.memo import PromptMemo
+from services.sampler.traits import Traits
+
+log = structlog.get_logger()
+
+
+class AttachedModel:
+    """Owns the modules and gates of one model. Build and use it under the baton."""
+
+    def __init__(
+        self, name: str, pipeline: Any, components: list[BoundComponent], engine: Engine, traits: Traits, gate_limit: int
+    ) -> None:
+        self.name = name
+        self.pipeline = pipeline
+        self.components = components
+        self.engine = engine
+        self.traits = traits
+        self.memo = PromptMemo()
+        self.units: dict[str, Gate] = {}
+        self.pinned: list[Gate] = []
+        self.gates: list[Gate] = []
+        for component in components:
+            self._gate_component(component, gate_limit)
+        self._view_class = view_class(type(pipeline), engine.transfer.device)
+        engine.transfer.attach(self.gates)
+        for component in components:
+            self._move_rest(component)
+        self._install_hooks()
+        self._guard = Guard((c.name, c.module) for c in components if c.name not in self.units)
+
+    # ---- building
+
+    def _gate_component(self, component: BoundComponent, limit: int) -> None:
+        if hasattr(component.module, "decode"):
+            gate = Gate(component.name, "", component.module, component.arena, component.params)
+            self.units[component.name] = gate
+            self.gates.append(gate)
+            return
+        by_tensor = {id(p.tensor): p for p in component.params}
+        modules, left = split(component.module, limit)
+        stem = tuple(by_tensor[id(t)] for t in left if id(t) in by_tensor)
+        if stem:
+            self.pinned.append(Gate(component.name, "(stem)", component.module, component.arena, stem, pinned=True))
+            self.gates.append(self.pinned[-1])
+        for name, module in modules:
+            tensors = itertools.chain(module.parameters(), module.buffers())
+            params = tuple(by_tensor[id(t)] for t in tensors if id(t) in by_tensor)
+            host = self.engine.transfer.device.type == "cuda" and is_host_lookup(module)
+            if params:
+                self.gates.append(Gate(component.name, name, module, component.arena, params, host=host))
+
+    def _move_rest(self, component: BoundComponent) -> None:
+        """What the arena does not hold (buffers, conversions) lives on the device for good."""
+        inside = {id(p.tensor) for p in component.params}
+        device = self.engine.transfer.device
+        for tensor in itertools.chain(component.module.parameters(), component.module.buffers()):
+            if id(tensor) not in inside and tensor.device != device:
+                tensor.data = tensor.data.to(device)
+
+    def _install_hooks(self) -> None:
+        for gate in self.gates:
+            if gate.pinned or gate.component in self.units:
+                continue
+            gate.module.register_forward_pre_hook(functools.partial(stop_at, self.engine, gate))
+            if gate.host:
+                gate.module.register_forward_pre_hook(ids_to_host)
+                gate.module.register_forward_hook(functools.partial(rows_to, self.engine.transfer.device))
+
+    # ---- one request
+
+    def request_view(self) -> Any:
+        """The pipeline for one request: own scheduler, own autoencoder trees, shared everything else."""
+        view = copy.copy(self.pipeline)
+        view.__class__ = self._view_class
+        parts: dict[str, object] = {"scheduler": copy.deepcopy(self.pipeline.scheduler)}
+        for name, gate in self.units.items():
+            parts[name] = unit_view(self.engine, gate)
+        view.__dict__.update(parts)  # setattr would write them into the pipeline's config
+        if hasattr(view, "encode_prompt"):
+            view.__dict__["encode_prompt"] = self.memo.wrap(view.encode_prompt)
+        return view
+
+    def bring_pinned(self) -> None:
+        """Stop until what lies outside all other gates is there; a rider's first gates."""
+        for gate in self.pinned:
+            self.engine.arrive(gate)
+
+    def mend(self) -> None:
+        """After a request: shared modules are as before, or are made so."""
+        changed = self._guard.mend()
+        if changed:
+            log.warning("a pipeline changed shared modules, they were restored", model=self.name, modules=changed[:5])
+
+    def detach(self) -> None:
+        """Let go of device memory and arenas. No rider may be under way on this model."""
+        self.engine.forget(self.gates)
+        self.engine.transfer.detach(self.gates)
+        for component in self.components:
+            component.arena.close()
+
+    # ---- facts
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(c.arena.size_bytes for c in self.components)
+
+    @property
+    def ready_bytes(self) -> int:
+        return sum(c.arena.ready_bytes for c in self.components)
+
+    def gates_of(self, component: str) -> list[Gate]:
+        return [gate for gate in self.gates if gate.component == component]
+
+    def fill_order(self) -> list[tuple[str, list[int]]]:
+        """(component, extents) in the order in which a first request needs them: pinned, encoders, denoiser, decoder."""
+
+        def rank(gate: Gate) -> int:
+            return 0 if gate.pinned else 3 if gate.component in self.units else 1 if is_encoder(gate.component) else 2
+
+        order: list[tuple[str, list[int]]] = []
+        seen: set[tuple[str, int]] = set()
+        for gate in sorted(self.gates, key=rank):
+            fresh = [e for e in gate.extents if (gate.component, e) not in seen]
+            seen.update((gate.component, e) for e in fresh)
+            if fresh:
+                order.append((gate.component, fresh))
+        return order
+
+
+def is_encoder(component: str) -> bool:
+    return "encoder" in component
+
+
+def stop_at(engine: Engine, gate: Gate, module: nn.Module, args: object) -> None:
+    engine.arrive(gate)
+
+
+def ids_to_host(module: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+    return (args[0].cpu(),)
+
+
+def rows_to(device: torch.device, module: nn.Module, args: object, rows: torch.Tensor) -> torch.Tensor:
+    return rows.to(device)
+
+
+def view_class(pipeline_class: type, device: torch.device) -> type:
+    """The pipeline's class, told where it runs: it would look at params, which may be anywhere at the moment."""
+    here = property(lambda self: device)
+    return type(pipeline_class.__name__, (pipeline_class,), {"_execution_device": here, "device": here})
+
+
+def unit_view(engine: Engine, gate: Gate) -> Any:
+    """A tree of the unit's modules for one request; its params have bytes only inside `decode` and `encode`.
+
+    A cast of the tree (an upcasting pipeline) changes this request's params only, and is honoured when they are bound.
+    """
+    shared = [p.tensor for p in gate.params]
+    nothing = [absent(p.view, engine.transfer.device) for p in gate.params]
+    own = [nn.Parameter(n, requires_grad=False) for n in nothing]
+    memo: dict[int, object] = {id(b): b for b in gate.module.buffers()}
+    memo |= {id(t): o for t, o in zip(shared, own, strict=True)}
+    unit: Any = copy.deepcopy(gate.module, memo)
+    for name in ("decode", "encode"):
+        if hasattr(unit, name):
+            unit.__dict__[name] = bound_while(engine, gate, own, getattr(unit, name))
+    return unit
+
+
+def bound_while(
+    engine: Engine, gate: Gate, own: list[nn.Parameter], call: Callable[..., object]
+) -> Callable[..., object]:
+    """`call`, stopped at the gate and with `own` bound to its bytes."""
+
+    @functools.wraps(call)
+    def gated(*args: object, **options: object) -> object:
+        engine.arrive(gate)
+        for param, bytes_ in zip(own, engine.transfer.views(gate), strict=True):
+            param.data = bytes_.to(param.dtype)
+        try:
+            return call(*args, **options)
+        finally:
+            for param in own:
+                param.data = absent(param.data, engine.transfer.device)
+            engine.leave(gate)
+
+    return gated
