@@ -41,10 +41,10 @@ class ArenaDir:
         """Create (0700) if need be, and lock. Raises ConfigError: not a tmpfs, not writable, another loader."""
         is_ours = not path.exists()
         try:
-            path.mkdir(mode=0o700, exist_ok=True)
-            kind = filesystem_of(path)
+            kind = filesystem_of(path.parent if is_ours else path)
             if kind != "tmpfs" and not allow_disk:
                 raise ConfigError(f"{path} is on {kind}, not on a tmpfs: choose another --arena-dir or --allow-disk")
+            path.mkdir(mode=0o700, exist_ok=True)
             return cls(path, _lock(path / LOCK_NAME), is_ours)
         except OSError as error:
             raise ConfigError(f"cannot use the arena folder {path}: {error.strerror}") from error

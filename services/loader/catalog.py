@@ -26,6 +26,10 @@ MAX_INDEX_BYTES = 1 << 20
 WEIGHTS_SUFFIXES = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".msgpack", ".h5", ".onnx", ".onnx_data"}
 )
+# Files that tell a tokenizer, processor or scheduler, which have no params, from a model.
+_NO_MODEL = frozenset(
+    {"tokenizer_config.json", "preprocessor_config.json", "processor_config.json", "scheduler_config.json"}
+)
 _STEMS = ("diffusion_pytorch_model", "model")
 
 
@@ -84,6 +88,8 @@ def pick_weights(folder: Path, variant: str) -> Path | None:
         raise BadCheckpoint(f"{folder.name}: several safetensors files and none with a usual name: {found[0]}, ...")
     if not found and any(Path(name).suffix in WEIGHTS_SUFFIXES for name in names):
         raise BadCheckpoint(f"{folder.name}: weights, but no safetensors: convert them (pickles are never opened)")
+    if not found and "config.json" in names and not names & _NO_MODEL:
+        raise BadCheckpoint(f"{folder.name}: a model's config.json, but no safetensors file")
     return folder / found[0] if found else None
 
 

@@ -196,6 +196,8 @@ class SourceFile:
     def __enter__(self) -> "SourceFile":
         try:
             self._fd = self._open()
+        except FileNotFoundError as error:
+            raise CheckpointChanged(f"{self._file.path.name} was removed while it was read") from error
         except OSError as error:
             raise self._bad(error) from error
         try:

@@ -1,6 +1,6 @@
 """The loader as its callers see it: typed calls, and exceptions of services/errors.py instead of statuses."""
 
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
@@ -11,6 +11,9 @@ from headwater.loader.v1 import loader_pb2, loader_pb2_grpc
 from services.errors import HeadwaterError, LoaderGone
 from services.rpc.server import KEEPALIVE
 from services.rpc.status import error_from
+
+LoaderModel = loader_pb2.Model
+PrepareNews = loader_pb2.PrepareParamsResponse
 
 _RECONNECT = (("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1_000))
 
@@ -45,10 +48,11 @@ class LoaderClient:
             return (await self._stub.GetModel(loader_pb2.GetModelRequest(model=name))).model
 
     async def prepare(
-        self, name: str, order: Iterable[loader_pb2.ExtentSelection] = ()
-    ) -> AsyncIterator[loader_pb2.PrepareParamsResponse]:
-        """Messages of a fill until `done`. Raises what PrepareParams answers."""
-        call = self._stub.PrepareParams(loader_pb2.PrepareParamsRequest(model=name, order=order))
+        self, name: str, order: Iterable[tuple[str, Sequence[int]]] = ()
+    ) -> AsyncIterator[PrepareNews]:
+        """Messages of a fill until `done`; `order` is (component, extents). Raises what PrepareParams answers."""
+        selections = [loader_pb2.ExtentSelection(component=c, extents=extents) for c, extents in order]
+        call = self._stub.PrepareParams(loader_pb2.PrepareParamsRequest(model=name, order=selections))
         with self._errors(), _cancelling(call):
             async for response in call:
                 yield response

@@ -7,15 +7,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from headwater.loader.v1 import loader_pb2 as pb
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
+
+from services.params.arena import AttachedArena, attach
+from services.rpc.loader_client import LoaderClient
 
 ROOT = Path(__file__).resolve().parents[2]
 Tensors = dict[str, NDArray[Any]]
@@ -44,7 +48,7 @@ def save_sharded(folder: Path, stem: str, tensors: Tensors, shard_count: int = 2
 
 
 def make_model(folder: Path, seed: int = 1, block_count: int = 6, width: int = 64) -> dict[str, Tensors]:
-    """A diffusers folder: a sharded transformer, a text encoder, a scheduler and a tokenizer. Its tensors by component."""
+    """A diffusers folder: a sharded transformer, a text encoder, two parts without params. Tensors by component."""
     index = {
         "_class_name": "ToyPipeline",
         "_diffusers_version": "0.42.1",
@@ -59,6 +63,7 @@ def make_model(folder: Path, seed: int = 1, block_count: int = 6, width: int = 6
     (folder / "model_index.json").write_text(json.dumps(index))
     (folder / "scheduler" / "scheduler_config.json").write_text("{}")
     (folder / "tokenizer" / "vocab.txt").write_text("a\nb\n")
+    (folder / "text_encoder" / "config.json").write_text("{}")
     (folder / "transformer" / "config.json").write_text('{"layers": 6}')
     components = {
         "text_encoder": toy_tensors(seed, block_count // 2, width),
@@ -150,3 +155,25 @@ def workbench(disk: Path) -> Iterator[Workbench]:
         yield Workbench(disk, memory)
     finally:
         shutil.rmtree(memory, ignore_errors=True)
+
+
+def attach_component(bench: Workbench, model: pb.Model, name: str) -> AttachedArena:
+    component = next(component for component in model.components if component.name == name)
+    return attach(bench.arena_dir / component.arena, component.generation)
+
+
+def assert_holds(arena: AttachedArena, tensors: Tensors) -> None:
+    """Every byte of every tensor is the checkpoint's."""
+    assert {tensor.name for tensor in arena.tensors} == set(tensors)
+    for placed in arena.tensors:
+        assert arena.is_ready(placed.extent)
+        held = arena.data[placed.offset : placed.offset + placed.size_bytes]
+        assert held == tensors[placed.name].tobytes(), placed.name
+
+
+async def prepared(client: LoaderClient, name: str, order: Iterable[pb.ExtentSelection] = ()) -> pb.Model:
+    """The model once all of it is READY."""
+    last = [message async for message in client.prepare(name, order)][-1]
+    assert last.done
+    assert last.ready_bytes == last.total_bytes
+    return last.model

@@ -1,0 +1,251 @@
+"""Arenas: attach, lease, reserve, adopt, and what is refused."""
+
+import fcntl
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from services.errors import BadArena, HostMemoryFull, LoaderGone
+from services.params import header as header_module
+from services.params.arena import AttachedArena, ExtentState, OwnedArena, attach, discard
+from services.params.checkpoint import TensorSpec
+from services.params.header import Header
+from services.params.layout import PAGE, place
+
+GENERATION = "ab" * 16
+
+
+def make_header(count: int = 5, size: int = 3000, extent_bytes: int = 8192) -> Header:
+    specs = [TensorSpec(f"t.{n}", "U8", (size,), 0, 0, size) for n in range(count)]
+    return Header("transformer", GENERATION, "cd" * 16, "ef" * 16, place(specs, extent_bytes))
+
+
+@pytest.fixture
+def memory() -> Iterator[Path]:
+    folder = Path(f"/dev/shm/headwater-test-{os.getpid()}-{time.monotonic_ns()}")
+    folder.mkdir(mode=0o700)
+    yield folder
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+
+
+@pytest.fixture
+def owned(memory: Path) -> Iterator[OwnedArena]:
+    arena = OwnedArena.create(memory / "t.arena", make_header())
+    yield arena
+    arena.close()
+
+
+def fill(arena: OwnedArena, extent: int) -> bytes:
+    place_ = arena.header.layout.extents[extent]
+    data = bytes([extent + 1]) * place_.size_bytes
+    arena.write(place_.offset, memoryview(data))
+    arena.publish(extent, bytes(16))
+    return data
+
+
+def test_a_reader_sees_what_the_owner_published(owned: OwnedArena) -> None:
+    """Extents become READY one by one, and their bytes are there."""
+    with attach(owned.path, GENERATION) as arena:
+        assert arena.ready_bytes == 0
+        assert not arena.is_ready(1)
+        data = fill(owned, 1)
+
+        assert arena.is_ready(1)
+        assert arena.state(0) is ExtentState.ABSENT
+        extent = arena.extents[1]
+        assert arena.ready_bytes == extent.size_bytes
+        assert arena.data[extent.offset : extent.offset + extent.size_bytes] == data
+        assert arena.tensors == owned.header.layout.tensors
+        assert arena.size_bytes == owned.header.layout.data_bytes == len(arena.data)
+
+
+def test_a_reader_cannot_write(owned: OwnedArena) -> None:
+    """The mapping is read-only, in Python and for the kernel."""
+    with attach(owned.path, GENERATION) as arena:
+        assert arena.data.readonly
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        assert [line.split()[1] for line in maps if owned.path.name in line] == ["r--s"]
+
+
+def test_the_data_starts_on_a_page(owned: OwnedArena) -> None:
+    """So that extents can be page-locked one by one."""
+    np = pytest.importorskip("numpy")
+    with attach(owned.path, GENERATION) as arena:
+        assert np.frombuffer(arena.data, np.uint8).ctypes.data % PAGE == 0
+
+
+def test_the_lease_holds_until_close_even_if_views_live(owned: OwnedArena) -> None:
+    """A view keeps the memory, not the lease."""
+    fill(owned, 0)
+    arena = attach(owned.path, GENERATION)
+    view = arena.data[:100]
+    assert owned.is_leased()
+    assert not owned.unlink()
+
+    arena.close()
+    arena.close()
+
+    assert not owned.is_leased()
+    assert owned.unlink()
+    assert bytes(view) == b"\1" * 100
+
+
+def test_a_killed_reader_holds_no_lease(owned: OwnedArena) -> None:
+    """The kernel drops the lease with the process."""
+    attaching = f"a = attach(Path({str(owned.path)!r}), {GENERATION!r})"
+    code = f"from services.params.arena import *\n{attaching}\nprint('ok', flush=True)\ninput()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as reader:
+        assert reader.stdout
+        assert reader.stdout.readline() == b"ok\n"
+        assert owned.is_leased()
+        reader.kill()
+        reader.wait()
+        assert not owned.is_leased()
+
+
+def test_an_unlinked_arena_stays_mapped(owned: OwnedArena) -> None:
+    """A sampler goes on when the loader has gone for good."""
+    data = fill(owned, 2)
+    with attach(owned.path, GENERATION) as arena:
+        assert owned.unlink(even_if_leased=True)
+        owned.close()
+
+        assert arena.data[arena.extents[2].offset :][: len(data)] == data
+        with pytest.raises(LoaderGone):
+            attach(owned.path, GENERATION)
+
+
+def test_a_file_replaced_between_open_and_lock_is_noticed(owned: OwnedArena, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lease is on the file that has the name, or there is none."""
+    real = fcntl.flock
+
+    def slow(fd: int, operation: int) -> None:
+        owned.path.unlink()
+        OwnedArena.create(owned.path, make_header()).close()
+        real(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", slow)
+    with pytest.raises(LoaderGone):
+        attach(owned.path, GENERATION)
+
+
+def test_another_generation_is_refused(owned: OwnedArena) -> None:
+    with pytest.raises(BadArena, match="generation"):
+        attach(owned.path, "00" * 16)
+
+
+def test_a_missing_arena_is_the_loader_gone(memory: Path) -> None:
+    with pytest.raises(LoaderGone) as caught:
+        attach(memory / "no.arena", GENERATION)
+    assert str(memory) not in str(caught.value)
+
+
+def test_every_flipped_byte_of_header_and_tables_is_noticed(owned: OwnedArena) -> None:
+    """Header page, extent table and manifest are under a digest; states and digests are not, they change."""
+    front, regions = owned.header.pack()
+    count = len(owned.header.layout.extents)
+    spans = [(0, PAGE), (regions.extents, regions.extents + 16 * count)]
+    spans.append((regions.manifest, regions.manifest + regions.manifest_bytes))
+    for start, end in spans:
+        for at in range(start, end, 7):
+            damaged = bytearray(front)
+            damaged[at] ^= 0x40
+            with pytest.raises(BadArena):
+                header_module.parse(bytes(damaged))
+    assert header_module.parse(front)[0] == owned.header
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=200), st.integers(0, PAGE))
+def test_noise_is_no_arena(memory: Path, noise: bytes, at: int) -> None:
+    """Any other file is refused as BadArena, whatever stands in it."""
+    page = bytearray(PAGE * 2)
+    page[:8] = header_module.MAGIC
+    page[at : at + len(noise)] = noise
+    path = memory / "noise.arena"
+    path.write_bytes(page)
+
+    with pytest.raises(BadArena):
+        attach(path, GENERATION)
+
+
+def test_a_truncated_arena_is_refused_before_it_is_mapped(owned: OwnedArena) -> None:
+    """Reading past its end would be a SIGBUS."""
+    os.truncate(owned.path, owned.file_bytes - PAGE)
+
+    with pytest.raises(BadArena, match="long"):
+        attach(owned.path, GENERATION)
+
+
+def test_all_memory_is_reserved_before_the_header_is_written(memory: Path) -> None:
+    """The file has all its blocks from the start: no later write can fail for want of room."""
+    arena = OwnedArena.create(memory / "a.arena", make_header(count=50, size=10_000))
+
+    assert (memory / "a.arena").stat().st_blocks * 512 >= arena.file_bytes
+    assert (memory / "a.arena").stat().st_mode & 0o777 == 0o640
+    arena.close()
+
+
+def test_what_does_not_fit_leaves_nothing_behind(memory: Path) -> None:
+    """HostMemoryFull with the numbers, and no file."""
+    huge = make_header(count=1, size=1 << 50)
+
+    with pytest.raises(HostMemoryFull, match=r"needed, .* MiB free"):
+        OwnedArena.create(memory / "a.arena", huge)
+    assert not list(memory.iterdir())
+
+
+def test_adoption_keeps_ready_extents_only(owned: OwnedArena) -> None:
+    """READY waits to be verified under the same generation, what was being filled starts over."""
+    fill(owned, 0)
+    owned.mark(1, ExtentState.FILLING)
+    owned.close()
+
+    adopted = OwnedArena.open(owned.path)
+    adopted.adopt()
+
+    assert adopted.header == owned.header
+    assert adopted.states()[:3] == [ExtentState.VERIFYING, ExtentState.ABSENT, ExtentState.ABSENT]
+    adopted.confirm(0)
+    assert adopted.states()[0] is ExtentState.READY
+    adopted.close()
+
+
+def test_a_sparse_copy_is_not_adopted(owned: OwnedArena, memory: Path) -> None:
+    """A file that is not backed by memory could still be a SIGBUS."""
+    front, regions = owned.header.pack()
+    path = memory / "sparse.arena"
+    path.write_bytes(front)
+    os.truncate(path, regions.file_bytes)
+
+    with pytest.raises(BadArena, match="backed"):
+        OwnedArena.open(path)
+
+
+def test_discard_spares_what_is_leased(owned: OwnedArena) -> None:
+    """Old arenas go when nobody maps them, damaged ones too."""
+    with attach(owned.path, GENERATION):
+        assert not discard(owned.path)
+    owned.path.write_bytes(b"junk")
+    assert discard(owned.path)
+    assert not owned.path.exists()
+    assert discard(owned.path)
+
+
+def test_attaching_copies_nothing(owned: OwnedArena) -> None:
+    """One descriptor, one mapping, given back."""
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    arenas: list[AttachedArena] = [attach(owned.path, GENERATION) for _ in range(20)]
+    for arena in arenas:
+        arena.close()
+
+    assert len(list(Path("/proc/self/fd").iterdir())) == before

@@ -1,0 +1,107 @@
+"""Who may import whom, read from the source with `ast`, also inside functions."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SERVICES = ROOT / "services"
+
+GRPC = {"grpc", "grpc_health", "grpc_reflection", "grpc_status", "headwater", "google"}
+TORCH = {"torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "gguf"}
+
+# package of services -> packages of services it may import
+MAY_IMPORT = {
+    "errors": set[str](),
+    "params": {"params", "errors"},
+    "rpc": {"rpc", "errors"},
+    "loader": {"loader", "params", "rpc", "errors"},
+    "sampler": {"sampler", "params", "rpc", "errors"},
+}
+
+
+def modules() -> dict[str, ast.Module]:
+    """Every module of services, by dotted name."""
+    found = {}
+    for path in sorted(SERVICES.rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        found[name] = ast.parse(path.read_text(), filename=str(path))
+    return found
+
+
+MODULES = modules()
+
+
+def imports(name: str) -> Iterator[str]:
+    """Dotted names that a module imports anywhere in it, relative ones resolved."""
+    for node in ast.walk(MODULES[name]):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{name} uses a relative import"
+            assert node.module
+            inside = (f"{node.module}.{alias.name}" for alias in node.names)
+            yield from (full if full in MODULES else node.module for full in inside)
+
+
+def package(name: str) -> str:
+    return name.split(".")[1] if "." in name else ""
+
+
+def roots(name: str) -> set[str]:
+    return {imported.split(".")[0] for imported in imports(name)}
+
+
+def of(*packages: str) -> list[str]:
+    return [name for name in MODULES if package(name) in packages]
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if package(name)])
+def test_packages_import_downwards(name: str) -> None:
+    """Loader and sampler never import each other; params and rpc know neither."""
+    used = {package(imported) for imported in imports(name) if imported.split(".")[0] == "services"}
+
+    assert used <= MAY_IMPORT[package(name)], f"{name} imports {used}"
+
+
+@pytest.mark.parametrize("name", of("errors", "params"))
+def test_params_and_errors_know_neither_grpc_nor_torch(name: str) -> None:
+    assert not roots(name) & (GRPC | TORCH)
+
+
+@pytest.mark.parametrize("name", of("rpc", "loader"))
+def test_the_loader_imports_no_torch(name: str) -> None:
+    """It starts in a third of a second."""
+    assert not roots(name) & TORCH
+
+
+@pytest.mark.parametrize("name", of("loader", "sampler"))
+def test_only_the_edge_knows_grpc(name: str) -> None:
+    """service.py and __main__.py speak the protocol, nothing behind them does; LoaderClient hides the loader's."""
+    if name.rsplit(".", 1)[1:] not in (["service"], ["__main__"]):
+        assert not roots(name) & (GRPC - {"google"}), f"{name} imports grpc or stubs"
+
+
+def test_no_pickle_anywhere() -> None:
+    """Nothing that can run code from a file or a socket."""
+    for name in MODULES:
+        assert not roots(name) & {"pickle", "marshal", "shelve", "dill", "multiprocessing"}, name
+
+
+def test_there_are_no_cycles() -> None:
+    """Every module can be read before those that import it."""
+    edges = {name: {other for other in imports(name) if other in MODULES and other != name} for name in MODULES}
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join((*path, name))
+        if name not in done:
+            for other in edges[name]:
+                visit(other, (*path, name))
+            done.add(name)
+
+    for name in edges:
+        visit(name, ())
