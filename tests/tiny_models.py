@@ -124,8 +124,8 @@ def qwen_image() -> DiffusionPipeline:
         base_dim=16, z_dim=4, dim_mult=[1, 2, 4], num_res_blocks=1, temperal_downsample=[False, True],
         latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.0, 1.5, 0.5, 2.0],
     )  # fmt: skip
-    shape = dict(hidden_size=16, intermediate_size=16)
-    rope = dict(mrope_section=[1, 1, 2], rope_type="default", type="default", rope_theta=1e6)
+    shape = {"hidden_size": 16, "intermediate_size": 16}
+    rope = {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default", "rope_theta": 1e6}
     encoder = transformers.Qwen2_5_VLForConditionalGeneration(
         transformers.Qwen2_5_VLConfig(
             text_config=dict(

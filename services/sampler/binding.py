@@ -68,7 +68,9 @@ class BoundComponent:
 def check_libraries() -> None:
     """Raises UnsupportedModel if transformers is too old to share modules between requests."""
     if int(transformers.__version__.split(".")[0]) < TRANSFORMERS_FLOOR:
-        raise UnsupportedModel(f"transformers {transformers.__version__} is too old: install {TRANSFORMERS_FLOOR} or newer")
+        raise UnsupportedModel(
+            f"transformers {transformers.__version__} is too old: install {TRANSFORMERS_FLOOR} or newer"
+        )
 
 
 def build_pipeline(config: Path, arenas: Mapping[str, AttachedArena]) -> tuple[Any, list[BoundComponent]]:
@@ -78,8 +80,8 @@ def build_pipeline(config: Path, arenas: Mapping[str, AttachedArena]) -> tuple[A
     """
     index = json.loads((config / "model_index.json").read_text())
     pipeline_class = pipeline_class_of(index)
-    wanted = {name: entry for name, entry in index.items() if is_component(entry)}
-    components = [bind(name, *wanted[name], config / name, arenas[name]) for name in sorted(arenas) if name in wanted]
+    wanted = {name: (entry[0], entry[1]) for name, entry in index.items() if is_component(entry)}
+    components = [bind(name, wanted[name], config / name, arenas[name]) for name in sorted(arenas) if name in wanted]
     missing = [c for c in ("transformer", "unet", "vae") if c in wanted and c not in arenas]
     if missing:
         raise BadCheckpoint(f"the folder has no params for {', '.join(missing)}")
@@ -97,7 +99,7 @@ def is_component(entry: object) -> bool:
     return isinstance(entry, list) and len(entry) == 2 and entry[0] is not None
 
 
-def pipeline_class_of(index: Mapping[str, object]) -> type:
+def pipeline_class_of(index: Mapping[str, object]) -> Any:
     """The pipeline class that model_index.json names. Raises UnsupportedModel."""
     name = str(index.get("_class_name"))
     found = getattr(diffusers, name, None)
@@ -109,9 +111,10 @@ def pipeline_class_of(index: Mapping[str, object]) -> type:
     return found
 
 
-def bind(name: str, library: str, class_name: str, config: Path, arena: AttachedArena) -> BoundComponent:
+def bind(name: str, entry: tuple[str, str], config: Path, arena: AttachedArena) -> BoundComponent:
     """Build one component with its params as views of the arena. Raises BadCheckpoint, UnsupportedModel."""
-    cls = component_class(library, class_name)
+    class_name = entry[1]
+    cls = component_class(*entry)
     views = arena_views(arena)
     floats = Counter[torch.dtype]()
     for view in views.values():
@@ -125,7 +128,9 @@ def bind(name: str, library: str, class_name: str, config: Path, arena: Attached
         raise BadCheckpoint(f"{name}: {class_name} cannot take these params: {first_line(error)}") from error
     module.eval().requires_grad_(False)
     refuse_meta(name, module)
-    inside, outside = sort_tensors(module, arena, lambda tensor_name: reasons.get(tensor_name, "converted by the library"))
+    inside, outside = sort_tensors(
+        module, arena, lambda tensor_name: reasons.get(tensor_name, "converted by the library")
+    )
     return BoundComponent(name, module, arena, tuple(inside), tuple(outside), dtype)
 
 

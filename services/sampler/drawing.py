@@ -85,9 +85,7 @@ class Drawing:
 
     def _say(self, phase: Phase, step_count: int = 0, sigma: float | None = None) -> None:
         if phase is Phase.PREPARING:
-            news = Progress(
-                self._index, phase, ready_bytes=self._model.ready_bytes, total_bytes=self._model.size_bytes
-            )
+            news = Progress(self._index, phase, ready_bytes=self._model.ready_bytes, total_bytes=self._model.size_bytes)
         elif phase is Phase.DENOISING:
             news = Progress(self._index, phase, self.step, step_count or self._request.step_count, sigma)
         else:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import structlog
 import torch
@@ -87,6 +87,16 @@ class Engine:
                 self._runnable.append(rider)
 
         self._tell(free)
+
+    def fail(self, gates: Iterable[Gate], error: Exception) -> None:
+        """End riders that wait at these gates for bytes that will not come."""
+
+        def end() -> None:
+            for gate in gates:
+                if gate in self._standing and not gate.is_ready():
+                    self._fail(gate, error)
+
+        self._tell(end)
 
     def wake(self) -> None:
         """Look again: more extents are READY."""

@@ -32,7 +32,7 @@ class Kept:
         own = self.module.__dict__
         return (
             any(not same_entries(own[table], kept) for table, kept in self.tables.items())
-            or any(own.get(switch, Kept) is not kept for switch, kept in self.switches.items())
+            or any(own.get(switch, Kept) is not value for switch, value in self.switches.items())
             or any(tensor.dtype != dtype for tensor, dtype in self.dtypes)
         )
 
@@ -41,11 +41,11 @@ class Kept:
         for table, kept in self.tables.items():
             own[table].clear()
             own[table].update(kept)
-        for switch, kept in self.switches.items():
-            if kept is Kept:
+        for switch, value in self.switches.items():
+            if value is Kept:
                 own.pop(switch, None)
             else:
-                own[switch] = kept
+                own[switch] = value
 
 
 def same_entries(now: dict[str, object], kept: dict[str, object]) -> bool:

@@ -32,7 +32,13 @@ class AttachedModel:
     """Owns the modules and gates of one model. Build and use it under the baton."""
 
     def __init__(
-        self, name: str, pipeline: Any, components: list[BoundComponent], engine: Engine, traits: Traits, gate_limit: int
+        self,
+        name: str,
+        pipeline: Any,
+        components: list[BoundComponent],
+        engine: Engine,
+        traits: Traits,
+        gate_limit: int,
     ) -> None:
         self.name = name
         self.pipeline = pipeline

@@ -20,11 +20,10 @@ def denoised_latents(scheduler: Any, model_output: torch.Tensor, sample: torch.T
     """
     at = getattr(scheduler, "step_index", None)
     if type(scheduler).__name__.startswith("FlowMatch") and at:
-        return sample.float() - scheduler.sigmas[at - 1] * model_output.float()
-    if isinstance(result, tuple):
-        return next((r for r in result[1:] if isinstance(r, torch.Tensor) and r.shape == sample.shape), result[0])
-    found = getattr(result, "pred_original_sample", None)
-    return result.prev_sample if found is None else found
+        sigma: torch.Tensor = scheduler.sigmas[at - 1]
+        return sample.float() - sigma * model_output.float()
+    values: tuple[torch.Tensor, ...] = result if isinstance(result, tuple) else result.to_tuple()
+    return next((v for v in values[1:] if isinstance(v, torch.Tensor) and v.shape == sample.shape), values[0])
 
 
 def preview_image(view: Any, latents: torch.Tensor, size_px: tuple[int, int], max_edge_px: int) -> Image.Image:

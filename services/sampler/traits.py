@@ -90,7 +90,9 @@ def traits_of(pipeline: Any, config: Path) -> Traits:
     parameters = inspect.signature(type(pipeline).__call__).parameters
     needed = {"prompt", "width", "height", "num_inference_steps", "generator", "output_type"}
     if "image" in parameters or not needed <= parameters.keys() or not hasattr(pipeline, "scheduler"):
-        raise UnsupportedModel(f"{type(pipeline).__name__} is no text-to-image pipeline, which is what is served so far")
+        raise UnsupportedModel(
+            f"{type(pipeline).__name__} is no text-to-image pipeline, which is what is served so far"
+        )
     own = read_defaults(config)
 
     def default(argument: str) -> Any:

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import structlog
 import torch
@@ -135,7 +135,7 @@ class Ring:
         self._residents: dict[Gate, Slot | None] = {}  # None: to stay once it is brought
         self._sources: dict[AttachedArena, torch.Tensor] = {}
         self._registrar = Registrar(device) if device.type == "cuda" else None
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._copies = new_stream(device) if device.type == "cuda" else None
         self._absent: dict[int, torch.Tensor] = {}  # by BoundParam
 
     # ---- models come and go
@@ -225,7 +225,7 @@ class Ring:
         if slot is None:
             return
         if self._copies is not None:
-            slot.free = torch.cuda.Event()
+            slot.free = new_event()
             slot.free.record(torch.cuda.current_stream(self.device))
         slot.is_bound = False
         if self._poison:
@@ -285,7 +285,7 @@ class Ring:
                     slot.memory[at : at + size].copy_(source[offset : offset + size], non_blocking=True)
                     self.streamed_bytes += size
             if self._copies is not None:
-                slot.arrived = torch.cuda.Event()
+                slot.arrived = new_event()
                 slot.arrived.record(self._copies)
         return slot
 
@@ -350,8 +350,9 @@ class Registrar:
         """Unregister; the caller has seen to it that no copy is under way."""
         with self._mutex:
             self._todo.pop(arena, None)
+            cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
             for pointer in self._done.pop(arena, []):
-                torch.cuda.cudart().cudaHostUnregister(pointer)
+                cudart.cudaHostUnregister(pointer)
 
     def _run(self) -> None:
         torch.cuda.set_device(self._device)
@@ -378,7 +379,8 @@ class Registrar:
     def _register(self, arena: AttachedArena, source: torch.Tensor, number: int) -> None:
         extent = arena.extents[number]
         pointer = source.data_ptr() + extent.offset
-        status = int(torch.cuda.cudart().cudaHostRegister(pointer, extent.size_bytes, READ_ONLY))
+        cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        status = int(cudart.cudaHostRegister(pointer, extent.size_bytes, READ_ONLY))
         if status:
             self.way = "pageable memory"
             self._todo.clear()
@@ -387,3 +389,9 @@ class Registrar:
             self._done[arena].append(pointer)
 
 
+def new_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def new_event() -> torch.cuda.Event:
+    return torch.cuda.Event()  # type: ignore[no-untyped-call]

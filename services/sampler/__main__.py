@@ -1,0 +1,48 @@
+"""The sampler's command line: configure, open the device, serve until a signal, let everything go."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+
+from services.rpc import logs
+from services.sampler.config import ConfigError, parse_args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a sampler; 0 after a signal, 1 with one line on stderr for what the operator has to mend."""
+    try:
+        config = parse_args(argv)
+        logs.configure(config.log_format, config.log_level)
+        quiet_libraries()
+        from services.sampler.server import serve  # seconds of imports, after the flags were checked
+
+        asyncio.run(serve(config))
+    except ConfigError as error:
+        print(f"headwater-sampler: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    except OSError as error:
+        print(f"headwater-sampler: {error.strerror}", file=sys.stderr)  # noqa: T201
+        return 1
+    return 0
+
+
+def quiet_libraries() -> None:
+    """No bars and no hints on stderr, and no look at a hub: it carries our log lines only."""
+    os.environ |= {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "DIFFUSERS_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TQDM_DISABLE": "1",
+    }
+    # Arenas are mapped read-only on purpose; a write through one would be a segmentation fault, not a wrong picture.
+    warnings.filterwarnings("ignore", message="The given buffer is not writable")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

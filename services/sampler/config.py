@@ -1,0 +1,78 @@
+"""What the operator says: flags, checked once at start. The only reader of them. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.rpc.logs import LOG_FORMATS, LOG_LEVELS, LogFormat
+
+
+class ConfigError(Exception):
+    """A flag that cannot work; the message is for the operator and may name paths."""
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """All settings of a sampler."""
+
+    loader: str
+    listen: tuple[str, ...]
+    arena_dir: Path
+    device: str
+    max_vram_gib: float
+    stream_layers: bool
+    work_reserve_gib: float
+    gate_limit_bytes: int
+    rider_limit: int
+    queue_limit: int
+    name: str
+    grace_s: float
+    test_ring: bool
+    log_format: LogFormat
+    log_level: str
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Config:
+    """The configuration of a command line; argparse exits by itself for a wrong flag."""
+    args = vars(_parser().parse_args(argv))
+    return Config(listen=tuple(args.pop("listen")), **args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="headwater-sampler",
+        description="Draw pictures with the models of a loader, streaming params to the device as they are needed.",
+    )
+    add = parser.add_argument
+    add("--loader", required=True, metavar="ADDRESS", help="the loader's unix:/path")
+    add("--listen", required=True, action="append", metavar="ADDRESS", help="unix:/path or host:port; may be repeated")
+    add("--arena-dir", type=Path, default=Path("/dev/shm/headwater"), help="the loader's folder (default: %(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    add("--max-vram", type=float, dest="max_vram_gib", default=-1.0, metavar="GIB",
+        help="VRAM budget; negative: what is free less that; 0: all that is free (default: %(default)s)")  # fmt: skip
+    add("--stream-layers", action=argparse.BooleanOptionalAction, default=True,
+        help="keep as many gates on the device as the budget holds and stream the rest; without: keep none")  # fmt: skip
+    add("--work-reserve", type=float, dest="work_reserve_gib", default=2.0, metavar="GIB",
+        help="part of the budget for activations (default: %(default)s)")  # fmt: skip
+    add("--gate-limit", type=_positive, dest="gate_limit_bytes", default=512 << 20, metavar="BYTES",
+        help="largest gate that need not be split (default: %(default)s)")  # fmt: skip
+    add("--riders", type=_positive, dest="rider_limit", default=4, metavar="N",
+        help="pictures drawn at once (default: %(default)s)")  # fmt: skip
+    add("--queue", type=_positive, dest="queue_limit", default=64, metavar="N",
+        help="requests that may wait (default: %(default)s)")  # fmt: skip
+    add("--name", default=socket.gethostname(), help="name of this replica (default: the host's)")
+    add("--grace", type=float, dest="grace_s", default=30.0, metavar="S", help="seconds that running calls get at stop")
+    add("--test-ring", action="store_true", help="on a CPU: copy params through slots filled with NaN when left")
+    add("--log-format", choices=LOG_FORMATS, default="text")
+    add("--log-level", choices=LOG_LEVELS, default="info")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError("must be a whole number above 0")
+    return int(text)

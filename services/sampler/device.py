@@ -1,0 +1,65 @@
+"""The device that a sampler computes on: what it is, how much of it may be used, and how params get there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from services.sampler.config import Config, ConfigError
+from services.sampler.transfer import ArenaViews, Ring, Transfer
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceFacts:
+    """What status says of the device; bytes."""
+
+    device: torch.device
+    name: str
+    budget_bytes: int  # 0 on a CPU
+
+    def used_bytes(self) -> int:
+        """VRAM that this process has allocated."""
+        return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
+
+
+def open_device(config: Config) -> tuple[Transfer, DeviceFacts]:
+    """The transfer for the configured device. Raises ConfigError if there is no such device."""
+    device = resolve_device(config.device)
+    if device.type == "cpu":
+        if config.test_ring:
+            return Ring(device, 1 << 62, keep_residents=False, poison=True), DeviceFacts(
+                device, "CPU, poisoned ring", 0
+            )
+        return ArenaViews(), DeviceFacts(device, "CPU", 0)
+    torch.cuda.set_device(device)
+    free, total = torch.cuda.mem_get_info(device)
+    budget = budget_bytes(config.max_vram_gib, free)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
+    reserve = round(config.work_reserve_gib * GIB)
+    ring = Ring(device, budget, reserve, keep_residents=config.stream_layers)
+    return ring, DeviceFacts(device, torch.cuda.get_device_name(device), budget)
+
+
+def budget_bytes(max_vram_gib: float, free_bytes: int) -> int:
+    """`--max-vram` as stable-diffusion.cpp means it: GiB; negative: what is free less that; 0: all that is free."""
+    if max_vram_gib > 0:
+        return min(round(max_vram_gib * GIB), free_bytes)
+    return free_bytes + round(max_vram_gib * GIB)
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N` as a device that is there. Raises ConfigError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"--device {name}: use auto, cpu, cuda or cuda:N") from error
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type != "cuda" or (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices; use auto or cpu")
+    return torch.device("cuda", device.index or 0)

@@ -1,0 +1,82 @@
+"""Puts a sampler together and serves it: device, engine, library, gRPC. Imported late, for it imports torch."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+
+import grpc
+import structlog
+from headwater.sampler.v1 import sampler_pb2_grpc
+
+from services.errors import UnsupportedModel
+from services.rpc.loader_client import LoaderClient
+from services.rpc.server import (
+    NOT_SERVING,
+    SERVING,
+    Health,
+    add_health,
+    add_reflection,
+    bind,
+    build_server,
+    release,
+    run_until_signal,
+)
+from services.sampler.admission import Admission
+from services.sampler.binding import check_libraries
+from services.sampler.config import Config, ConfigError
+from services.sampler.device import open_device
+from services.sampler.engine import Engine
+from services.sampler.library import Library
+from services.sampler.sampler import Sampler
+from services.sampler.service import SERVICE, SamplerService
+
+log = structlog.get_logger()
+
+
+async def serve(config: Config) -> None:
+    """Serve until a signal. Raises ConfigError, OSError before anything is served."""
+    try:
+        check_libraries()
+    except UnsupportedModel as error:
+        raise ConfigError(str(error)) from error
+    transfer, facts = open_device(config)
+    engine = Engine(transfer)
+    server = build_server()
+    addresses: list[str] = []
+    try:
+        for address in config.listen:
+            addresses.append(bind(server, address))
+        async with LoaderClient(config.loader) as loader:
+            library = Library(loader, engine, config.arena_dir, config.gate_limit_bytes, config.name)
+            sampler = Sampler(library, engine, Admission(config.rider_limit, config.queue_limit))
+            service = SamplerService(sampler, config.name, facts)
+            sampler_pb2_grpc.add_SamplerServiceServicer_to_server(service, server)
+            log.info("serving", addresses=addresses, device=str(facts.device), transfer=transfer.way,
+                     budget_bytes=facts.budget_bytes)  # fmt: skip
+            await run(server, sampler, service, config.grace_s)
+    finally:
+        for address in addresses:
+            release(address)
+
+
+async def run(server: grpc.aio.Server, sampler: Sampler, service: SamplerService, grace_s: float) -> None:
+    """Serve; healthy while the loader answers or a model is attached that needs it no more."""
+    health = add_health(server, SERVICE)
+    add_reflection(server, SERVICE)
+    await server.start()
+    await health.set("", SERVING)
+    watch = asyncio.create_task(sampler.library.watch(lambda connected: show_health(health, sampler, connected)))
+    try:
+        await run_until_signal(server, health, grace_s, service.drain)
+    finally:
+        watch.cancel()
+        with suppress(asyncio.CancelledError):
+            await watch
+        await sampler.close()
+
+
+def show_health(health: Health, sampler: Sampler, connected: bool) -> None:
+    able = connected or bool(sampler.library.attached)
+    # The health servicer notifies watchers, which takes a turn of the loop.
+    sampler.spawn(asyncio.ensure_future(health.set(SERVICE, SERVING if able else NOT_SERVING)))

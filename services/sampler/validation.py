@@ -1,0 +1,100 @@
+"""What a GenerateRequest may say, whatever the model: every bad field is named at once. Reads messages by attribute."""
+
+from __future__ import annotations
+
+import math
+import re
+import uuid
+from typing import Any
+
+from services.errors import InvalidRequest, NotServed
+from services.sampler.requests import MAX_SEED, ImageRequest
+from services.sampler.traits import MAX_EDGE_PX, MIN_EDGE_PX
+
+PROMPT_LIMIT = 16_384
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+# field: (smallest, largest); zero or unset means the default and is let through.
+RANGES: dict[str, tuple[float, float]] = {
+    "width_px": (MIN_EDGE_PX, MAX_EDGE_PX),
+    "height_px": (MIN_EDGE_PX, MAX_EDGE_PX),
+    "step_count": (1, 1000),
+    "count": (1, 64),
+}
+OPTIONAL_RANGES: dict[str, tuple[float, float]] = {
+    "guidance_scale": (0, 100),
+    "true_cfg_scale": (0, 100),
+    "seed": (0, MAX_SEED),
+    "max_sequence_length": (1, 4096),
+}
+NOT_SERVED = ("solver", "schedule", "loras", "reference_images", "mask", "strength")
+PREVIEW_EDGE_PX = (16, 512)
+PNG = (0, 1)  # unspecified, PNG
+EAGER = (0, 1)  # unspecified, EAGER
+
+
+def image_request(message: Any) -> ImageRequest:
+    """The request that a GenerateRequest message asks for. Raises NotServed, InvalidRequest."""
+    asked = [field for field in NOT_SERVED if is_set(message, field)]
+    if message.output.format not in PNG:
+        asked.append("output.format")
+    if asked:
+        raise NotServed(f"not served yet: {', '.join(asked)}; leave it out")
+    wrong = [*text_violations(message), *range_violations(message), *other_violations(message)]
+    if wrong:
+        raise InvalidRequest(*wrong)
+    optional = {field: getattr(message, field) for field in OPTIONAL_RANGES if message.HasField(field)}
+    return ImageRequest(
+        model=message.model,
+        prompt=message.prompt,
+        request_id=message.request_id or str(uuid.uuid4()),
+        negative_prompt=message.negative_prompt,
+        width_px=message.width_px,
+        height_px=message.height_px,
+        step_count=message.step_count,
+        count=message.count or 1,
+        preview_every=message.preview.every_step_count,
+        preview_edge_px=message.preview.max_edge_px or 128,
+        **optional,
+    )
+
+
+def is_set(message: Any, field: str) -> bool:
+    """Whether the sender said anything in this field."""
+    descriptor = message.DESCRIPTOR.fields_by_name[field]
+    return bool(message.HasField(field) if descriptor.has_presence else getattr(message, field))
+
+
+def text_violations(message: Any) -> list[tuple[str, str]]:
+    wrong = []
+    if not message.prompt.strip():
+        wrong.append(("prompt", "say what to draw; it is empty"))
+    for field in ("prompt", "negative_prompt"):
+        length = len(getattr(message, field))
+        if length > PROMPT_LIMIT:
+            wrong.append((field, f"has {length} characters, at most {PROMPT_LIMIT} are taken"))
+    if message.request_id and not REQUEST_ID.fullmatch(message.request_id):
+        wrong.append(("request_id", "must be 1 to 128 characters of A-Z a-z 0-9 . _ -"))
+    return wrong
+
+
+def range_violations(message: Any) -> list[tuple[str, str]]:
+    values = [(f, getattr(message, f), *RANGES[f]) for f in RANGES if getattr(message, f)]
+    values += [(f, getattr(message, f), *OPTIONAL_RANGES[f]) for f in OPTIONAL_RANGES if message.HasField(f)]
+    if message.preview.max_edge_px:
+        values.append(("preview.max_edge_px", message.preview.max_edge_px, *PREVIEW_EDGE_PX))
+    if message.preview.every_step_count:
+        values.append(("preview.every_step_count", message.preview.every_step_count, *RANGES["step_count"]))
+    return [
+        (field, f"must be {low:.0f} to {high:.0f}, not {value:g}")
+        for field, value, low, high in values
+        if not (math.isfinite(value) and low <= value <= high)
+    ]
+
+
+def other_violations(message: Any) -> list[tuple[str, str]]:
+    wrong = []
+    if message.output.HasField("quality"):
+        wrong.append(("output.quality", "PNG is lossless and has no quality: leave it out"))
+    if message.numerics not in EAGER:
+        wrong.append(("numerics", "this server computes with NUMERICS_EAGER: ask for that, or leave it out"))
+    return wrong
