@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -171,7 +171,7 @@ def assert_holds(arena: AttachedArena, tensors: Tensors) -> None:
         assert held == tensors[placed.name].tobytes(), placed.name
 
 
-async def prepared(client: LoaderClient, name: str, order: Iterable[pb.ExtentSelection] = ()) -> pb.Model:
+async def prepared(client: LoaderClient, name: str, order: Iterable[tuple[str, Sequence[int]]] = ()) -> pb.Model:
     """The model once all of it is READY."""
     last = [message async for message in client.prepare(name, order)][-1]
     assert last.done

@@ -129,9 +129,9 @@ def test_unknown_models_and_bad_orders_are_refused(bench: Workbench) -> None:
     """Typed, all bad fields at once, and the next good call works."""
     bench.add_model("toy")
     order = [
-        pb.ExtentSelection(component="unet", extents=[0]),
-        pb.ExtentSelection(component="transformer", extents=[0, 13]),
-        pb.ExtentSelection(component="transformer", extents=[-1]),
+        ("unet", [0]),
+        ("transformer", [0, 13]),
+        ("transformer", [-1]),
     ]
 
     async def use() -> None:

@@ -61,8 +61,8 @@ def test_extents_come_in_the_order_asked(bench: Workbench) -> None:
     """Named extents first, one after the other as named, then the rest."""
     bench.add_model("toy")
     order = [
-        pb.ExtentSelection(component="transformer", extents=[7, 3, 5]),
-        pb.ExtentSelection(component="text_encoder", extents=[4]),
+        ("transformer", [7, 3, 5]),
+        ("text_encoder", [4]),
     ]
 
     async def use() -> None:
@@ -79,7 +79,7 @@ def test_extents_come_in_the_order_asked(bench: Workbench) -> None:
 def test_a_later_callers_order_goes_before_what_nobody_named(bench: Workbench) -> None:
     """A sampler that knows what it needs does not wait behind a fill of everything."""
     bench.add_model("toy")
-    last = pb.ExtentSelection(component="transformer", extents=[12])
+    last = ("transformer", [12])
 
     async def use() -> None:
         async with LoaderClient(bench.address) as client:

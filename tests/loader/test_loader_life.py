@@ -19,7 +19,7 @@ async def fill_partly(bench: Workbench, extent_count: int) -> tuple[pb.Model, At
     """Prepare until some extents are READY; the transformer's arena, attached."""
     async with LoaderClient(bench.address) as client:
         ready = 0
-        async for message in client.prepare("toy", [pb.ExtentSelection(component="transformer")]):
+        async for message in client.prepare("toy", [("transformer", [])]):
             if message.model.name:
                 model = message.model
             ready += sum(len(part.extents) for part in message.ready)
@@ -215,7 +215,8 @@ def test_what_the_operator_got_wrong_is_one_line(bench: Workbench) -> None:
     cases: list[tuple[tuple[str, ...], str]] = [
         (("--models", "/nonexistent/models.toml"), "cannot read"),
         (("--arena-dir", str(bench.disk / "arenas")), "not on a tmpfs"),
-        (("--arena-dir", "/proc/headwater"), "cannot use the arena folder"),
+        (("--arena-dir", "/proc/headwater"), "on proc, not on a tmpfs"),
+        (("--arena-dir", "/nonexistent/arenas"), "cannot use the arena folder"),
         (("--listen", "unix:/nonexistent/folder/l.sock"), "folder of the socket"),
         (("--listen", "unix:/tmp/" + "x" * 200), "at most 107 bytes"),
         (("--listen", "nonsense"), "unix:/path or host:port"),
