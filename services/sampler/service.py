@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
@@ -14,6 +13,7 @@ from headwater.loader.v1 import loader_pb2
 from headwater.sampler.v1 import sampler_pb2 as pb
 from headwater.sampler.v1 import sampler_pb2_grpc
 
+from services import __version__
 from services.errors import LoaderGone, ShuttingDown
 from services.rpc.loader_client import LoaderModel, PrepareNews
 from services.sampler.device import DeviceFacts
@@ -93,7 +93,7 @@ class SamplerService(sampler_pb2_grpc.SamplerServiceServicer):
         sampler, transfer = self._sampler, self._sampler.engine.transfer
         return pb.GetStatusResponse(
             replica=self._replica,
-            version=importlib.metadata.version("headwater"),
+            version=__version__,
             device=str(transfer.device),
             device_name=self._device.name,
             transfer=transfer.way,
