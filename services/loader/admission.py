@@ -1,7 +1,7 @@
 """Which components are in memory: reserves arenas for a model, all or none, and evicts others to make room."""
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import structlog
 
@@ -33,8 +33,11 @@ class Admission:
             self.residents[identity] = Resident.of(arena, known[identity])
         return list(self.residents.values())
 
-    async def reserve(self, sources: Iterable[ComponentSource], may_evict: bool) -> None:
-        """Reserve an arena for each component that has none. Raises HostMemoryFull; then nothing new is reserved."""
+    async def reserve(self, sources: Iterable[ComponentSource], may_evict: bool) -> list[Resident]:
+        """Reserve an arena for each component that has none; the new ones.
+
+        Raises HostMemoryFull; then nothing new is reserved.
+        """
         wanted = {source.identity: source for source in sources}
         missing = [source for source in wanted.values() if source.identity not in self.residents]
         headers = [self._directory.header(source) for source in missing]
@@ -48,19 +51,26 @@ class Admission:
             for arena in arenas:
                 await _remove(arena)
             raise self._full(need) if isinstance(failures[0], HostMemoryFull) else failures[0]
-        for source, arena in zip(missing, arenas, strict=True):
-            self.residents[source.identity] = Resident.of(arena, source)
+        new = [Resident.of(arena, source) for source, arena in zip(missing, arenas, strict=True)]
+        self.residents |= {resident.source.identity: resident for resident in new}
+        return new
 
-    async def drop(self, resident: Resident, even_if_leased: bool = False) -> int:
-        """Evict a component that no thread works on; the bytes given back, 0 if a sampler maps it."""
-        assert not resident.busy
-        if not resident.arena.unlink(even_if_leased):
-            return 0
-        resident.is_gone = True
-        del self.residents[resident.source.identity]
-        _log.info("evicted", component=self._label(resident), size_bytes=resident.arena.file_bytes)
-        await asyncio.to_thread(resident.arena.close)
-        return resident.arena.file_bytes
+    async def drop(self, residents: Sequence[Resident], even_if_leased: bool = False) -> int | None:
+        """Evict components together; the bytes given back, or None with nothing done if any of them is in use.
+
+        `even_if_leased` removes their names all the same; no thread may work on them then.
+        """
+        if not even_if_leased and not _lock_all(residents):
+            return None
+        for resident in residents:  # no await before all are out of reach
+            assert not resident.busy
+            resident.arena.unlink(even_if_leased=True)
+            resident.is_gone = True
+            del self.residents[resident.source.identity]
+        for resident in residents:
+            await asyncio.to_thread(resident.arena.close)
+            _log.info("evicted", arena=resident.arena.path.name, size_bytes=resident.arena.file_bytes)
+        return sum(resident.arena.file_bytes for resident in residents)
 
     async def _make_room(self, need: int, keep: set[str], may_evict: bool) -> None:
         if need <= self._room():
@@ -71,7 +81,7 @@ class Admission:
         for resident in sorted(idle, key=lambda resident: resident.last_used):
             if need <= self._room():
                 return
-            await self.drop(resident)
+            await self.drop([resident])
         if need > self._room():
             raise self._full(need)
 
@@ -91,6 +101,18 @@ class Admission:
             f"no room in host memory: {_mib(need)} needed, {_mib(max(0, self._room()))} free{budget};"
             f" held: {', '.join(held) or 'nothing'}"
         )
+
+
+def _lock_all(residents: Sequence[Resident]) -> bool:
+    """Lock all arenas, or none if one is in use."""
+    locked: list[Resident] = []
+    for resident in residents:
+        if resident.user_count or resident.busy or not resident.arena.lock():
+            for other in locked:
+                other.arena.unlock()
+            return False
+        locked.append(resident)
+    return True
 
 
 async def _remove(arena: OwnedArena) -> None:

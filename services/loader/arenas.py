@@ -45,6 +45,7 @@ class ArenaDir:
             if kind != "tmpfs" and not allow_disk:
                 raise ConfigError(f"{path} is on {kind}, not on a tmpfs: choose another --arena-dir or --allow-disk")
             path.mkdir(mode=0o700, exist_ok=True)
+            _check_is_own(path)
             return cls(path, _lock(path / LOCK_NAME), is_ours)
         except OSError as error:
             raise ConfigError(f"cannot use the arena folder {path}: {error.strerror}") from error
@@ -128,6 +129,13 @@ class ArenaDir:
         if self._is_ours:
             with suppress(OSError):
                 self.path.rmdir()
+
+
+def _check_is_own(path: Path) -> None:
+    """A folder that a loader cleans up must hold nothing but what loaders (and samplers' sockets) put there."""
+    names = {inside.name for inside in path.iterdir() if not inside.is_socket()}
+    if names and LOCK_NAME not in names:
+        raise ConfigError(f"{path} holds other files: give the loader a folder of its own")
 
 
 def filesystem_of(path: Path) -> str:

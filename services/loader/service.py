@@ -23,14 +23,14 @@ class LoaderService(loader_pb2_grpc.LoaderServiceServicer):
     def __init__(self, store: ParamStore) -> None:
         self._store = store
 
-    async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:  # noqa: N802
+    async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
         return pb.ListModelsResponse(models=[_model(view) for view in self._store.models()])
 
-    async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:  # noqa: N802
+    async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:
         _require(request.model)
         return pb.GetModelResponse(model=_model(self._store.model(request.model)))
 
-    async def PrepareParams(  # noqa: N802
+    async def PrepareParams(
         self, request: pb.PrepareParamsRequest, context: Any
     ) -> AsyncIterator[pb.PrepareParamsResponse]:
         _require(request.model)
@@ -40,11 +40,11 @@ class LoaderService(loader_pb2_grpc.LoaderServiceServicer):
         async for progress in self._store.prepare(request.model, order):
             yield _progress(progress)
 
-    async def EvictModel(self, request: pb.EvictModelRequest, context: Any) -> pb.EvictModelResponse:  # noqa: N802
+    async def EvictModel(self, request: pb.EvictModelRequest, context: Any) -> pb.EvictModelResponse:
         _require(request.model)
         return pb.EvictModelResponse(freed_bytes=await self._store.evict(request.model))
 
-    async def WatchResidency(  # noqa: N802
+    async def WatchResidency(
         self, request: pb.WatchResidencyRequest, context: Any
     ) -> AsyncIterator[pb.WatchResidencyResponse]:
         if len(request.replica) > MAX_REPLICA_CHARACTERS or not request.replica.isprintable():

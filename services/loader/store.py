@@ -3,7 +3,7 @@
 A component's life: ABSENT until somebody prepares a model that has it; then an arena is reserved, whole, and its
 extents are filled in the order asked, once, for all callers together; READY until it is evicted. A fill that fails
 leaves the component FAILED until the next prepare, which starts over. After a loader's death its arenas are adopted:
-READY extents are verified against their digests, the others filled again when they are asked for.
+READY extents are verified against their digests, the others filled again.
 
 All of it runs on the event loop; only admission's system calls and the fill itself leave it, for threads. No grpc.
 """
@@ -18,7 +18,7 @@ import structlog
 from services.errors import BadCheckpoint, HeadwaterError, InvalidRequest, Leased, ShuttingDown, UnknownModel
 from services.loader.admission import Admission
 from services.loader.arenas import ArenaDir
-from services.loader.catalog import read_model
+from services.loader.catalog import ModelSource, read_model
 from services.loader.config import ModelEntry
 from services.loader.fill import Filler
 from services.loader.progress import Changes, follow
@@ -67,12 +67,19 @@ class ParamStore:
             self._queue.put(resident, range(len(resident.states)), Urgency.ADOPTED)
             _log.info("adopted", component=self._label(resident), generation=resident.arena.header.generation)
         for record in self._records.values():
-            if record.source and self._is_whole(record):
-                record.is_wanted = True
-                record.config = self._directory.publish_config(record.entry.name, record.source)
+            if record.source and len(self._parts(record)) == len(record.components):
+                await self._resume(record, record.source)
         self._directory.remove_configs_except({record.config for record in self._records.values()})
         workers = (fill_forever(self._queue, self._filler, self._changes, self._read_bytes) for _ in range(count))
         self._workers = [asyncio.create_task(worker) for worker in workers]
+
+    async def _resume(self, record: ModelRecord, source: ModelSource) -> None:
+        """Go on with a model that a dead loader had; without its config folder it waits to be prepared again."""
+        try:
+            record.config = await asyncio.to_thread(self._directory.publish_config, record.entry.name, source)
+            record.is_wanted = True
+        except HeadwaterError as error:
+            _log.warning("no config folder", model=record.entry.name, reason=str(error))
 
     async def load_all(self) -> None:
         """Prepare every model, in order, behind whatever callers ask for; evicts nothing."""
@@ -111,14 +118,13 @@ class ParamStore:
         """Give a model's memory back; the bytes freed. Raises UnknownModel, Leased."""
         record = self._record(name)
         async with self._admitting:
-            residents = self._unshared(record)
-            if any(resident.is_in_use for resident in residents):
+            freed = await self._admission.drop(self._unshared(record))
+            if freed is None:
                 who = f"; watching are: {', '.join(sorted(self._replicas))}" if self._replicas else ""
                 raise Leased(f"{name} is in use by a sampler or being filled; nothing was evicted{who}")
             record.is_wanted = False
-            freed = [await self._admission.drop(resident) for resident in residents]
             self._tidy()
-        return sum(freed)
+        return freed
 
     async def watch(self, replica: str, names: Sequence[str] = ()) -> AsyncIterator[list[ModelView]]:
         """All models named (none: all), then those that changed, until the store stops. Raises UnknownModel."""
@@ -151,9 +157,10 @@ class ParamStore:
             worker.cancel()
         await asyncio.gather(*self._workers, *self._admissions, return_exceptions=True)
         self._filler.close()
-        for resident in list(self._admission.residents.values()):
+        residents = list(self._admission.residents.values())
+        for resident in residents:
             resident.busy.clear()  # its threads are joined
-            await self._admission.drop(resident, even_if_leased=True)
+        await self._admission.drop(residents, even_if_leased=True)
 
     async def _admitted(self, record: ModelRecord, order: Order, ticket: "_Ticket", urgency: Urgency) -> None:
         """Admit in a task of its own: the caller may leave, a reservation is never left half done."""
@@ -183,8 +190,8 @@ class ParamStore:
 
     def _is_whole(self, record: ModelRecord) -> bool:
         residents = self._admission.of(record.components)
-        is_whole = bool(record.source) and len(residents) == len(record.components)
-        return is_whole and not any(resident.error for resident in residents)
+        is_here = bool(record.config) and len(residents) == len(record.components)
+        return is_here and not any(resident.error for resident in residents)
 
     async def _scan_again(self, record: ModelRecord) -> None:
         """The files may have been replaced or mended since they were last looked at."""
@@ -198,10 +205,13 @@ class ParamStore:
 
     async def _reserve(self, record: ModelRecord, may_evict: bool) -> None:
         assert record.source
+        new = await self._admission.reserve(record.components, may_evict)
         try:
-            await self._admission.reserve(record.components, may_evict)
             publish = self._directory.publish_config
             record.config = await asyncio.to_thread(publish, record.entry.name, record.source)
+        except HeadwaterError:
+            await self._admission.drop(new, even_if_leased=True)
+            raise
         finally:
             self._tidy()
 
@@ -217,7 +227,7 @@ class ParamStore:
         """Forget a failed component: what samplers map of it stays theirs."""
         while resident.busy:
             await self._changes.after(self._changes.version)
-        await self._admission.drop(resident, even_if_leased=True)
+        await self._admission.drop([resident], even_if_leased=True)
 
     def _record(self, name: str) -> ModelRecord:
         if name not in self._records:

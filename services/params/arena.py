@@ -183,17 +183,28 @@ class OwnedArena:
 
     def is_leased(self) -> bool:
         """Whether a sampler maps the arena."""
-        if not self._lock():
+        if not self.lock():
             return True
-        fcntl.flock(self._fd, fcntl.LOCK_UN)
+        self.unlock()
         return False
+
+    def lock(self) -> bool:
+        """Keep samplers from attaching until `unlock` or `close`; False if one has."""
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def unlock(self) -> None:
+        fcntl.flock(self._fd, fcntl.LOCK_UN)
 
     def unlink(self, even_if_leased: bool = False) -> bool:
         """Remove the file's name; False, with nothing done, if it is leased. The memory goes with `close`.
 
         With `even_if_leased` it goes when the last sampler has unmapped it.
         """
-        if not self._lock() and not even_if_leased:
+        if not self.lock() and not even_if_leased:
             return False
         self.path.unlink(missing_ok=True)
         return True
@@ -203,13 +214,6 @@ class OwnedArena:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-    def _lock(self) -> bool:
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
 
     def _set_state(self, extent: int, state: ExtentState) -> None:
         os.pwrite(self._fd, bytes((state,)), self._regions.states + extent)

@@ -4,7 +4,6 @@ import asyncio
 import os
 import signal
 import socket
-from pathlib import Path
 
 import pytest
 from headwater.loader.v1 import loader_pb2 as pb
@@ -216,6 +215,7 @@ def test_what_the_operator_got_wrong_is_one_line(bench: Workbench) -> None:
         (("--models", "/nonexistent/models.toml"), "cannot read"),
         (("--arena-dir", str(bench.disk / "arenas")), "not on a tmpfs"),
         (("--arena-dir", "/proc/headwater"), "on proc, not on a tmpfs"),
+        (("--arena-dir", str(bench.memory)), "holds other files"),
         (("--arena-dir", "/nonexistent/arenas"), "cannot use the arena folder"),
         (("--listen", "unix:/nonexistent/folder/l.sock"), "folder of the socket"),
         (("--listen", "unix:/tmp/" + "x" * 200), "at most 107 bytes"),
@@ -225,6 +225,7 @@ def test_what_the_operator_got_wrong_is_one_line(bench: Workbench) -> None:
         path = bench.disk / f"{name}.toml"
         path.write_text(text)
         cases.append((("--models", str(path)), str(path)))
+    (bench.memory / "config-of-somebody").mkdir()
     for flags, words in cases:
         bench.log.write_text("")
         process = bench.start(*flags)
@@ -234,4 +235,5 @@ def test_what_the_operator_got_wrong_is_one_line(bench: Workbench) -> None:
         assert words in said
         assert said.count("\n") == 1
         assert not bench.arena_dir.exists()
-    assert Path(bench.disk / "arenas").exists() is False
+    assert not (bench.disk / "arenas").exists()
+    assert [path.name for path in bench.memory.iterdir()] == ["config-of-somebody"]
