@@ -81,6 +81,9 @@ func complain(text string) {
 
 // generate draws what opts asks for. It writes files only once the whole call has succeeded.
 func generate(ctx context.Context, opts *options) error {
+	if _, err := os.Stat(filepath.Dir(opts.output)); err != nil {
+		return err // before a slip of the pen costs a drawing
+	}
 	if opts.timeout > 0 {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, opts.timeout)

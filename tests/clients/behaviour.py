@@ -4,6 +4,8 @@ A test module subclasses ClientBehaviour, marks itself `clients` and gives the f
 which `generate ...` is added. Only `scripted_sampler` lies; the other fixtures may be a true sampler.
 """
 
+import os
+import pty
 import re
 import signal
 import subprocess
@@ -53,6 +55,19 @@ class ClientBehaviour:
         steps = [f"picture 1/1: denoising, step {step}/4" for step in (1, 2, 3, 4)]
         assert [line for line in done.stderr.splitlines() if line in steps] == steps
         assert "picture 1/1: decoding" in done.stderr
+
+    def test_rewrites_one_line_of_a_terminal(self, program: list[str], sampler_tcp: str, out: Path) -> None:
+        """On a terminal the progress stays on one line and is gone at the end."""
+        ours, theirs = pty.openpty()
+        command = _command(program, sampler_tcp, out, "--steps", "4")
+        subprocess.run(command, stdout=subprocess.DEVNULL, stderr=theirs, timeout=TIMEOUT_S, check=True)
+        shown = os.read(ours, 1 << 16).decode()
+        os.close(theirs)
+        os.close(ours)
+
+        assert "\r\x1b[Kpicture 1/1: denoising, step 4/4\r" in shown
+        assert shown.endswith("\r\x1b[K")
+        assert "\n" not in shown
 
     def test_shows_the_queue(self, program: list[str], scripted_sampler: Sampler, out: Path) -> None:
         """A request that waits says for how many others and about how long."""
@@ -158,6 +173,16 @@ class ClientBehaviour:
 
         assert done.returncode == 1
         assert out.read_text() == "earlier"
+
+    def test_looks_at_the_output_folder_first(self, program: list[str], sampler_tcp: str, out: Path) -> None:
+        """A folder that does not exist is noticed before a picture is drawn for it."""
+        before = _status(sampler_tcp)
+        done = _generate(program, sampler_tcp, out.parent / "none" / "out.png")
+
+        assert done.returncode == 1
+        assert len(done.stderr.splitlines()) == 1
+        assert "no such file or directory" in done.stderr.lower()
+        assert _status(sampler_tcp).image_count == before.image_count
 
     @pytest.mark.parametrize("arguments", [[], ["generate"], ["generate", "--no-such-option"], ["paint"]])
     def test_wrong_usage(self, program: list[str], arguments: list[str]) -> None:

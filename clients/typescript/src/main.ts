@@ -5,7 +5,7 @@
  * Exit codes: 0 drawn, 1 refused or failed, 2 wrong usage, 3 cancelled by --cancel-after-steps, 130 interrupted.
  */
 import { createHash } from "node:crypto";
-import { open, rename, rm } from "node:fs/promises";
+import { open, rename, rm, stat } from "node:fs/promises";
 import { connect as connectSocket } from "node:net";
 import { basename, dirname, extname, join } from "node:path";
 import { parseArgs } from "node:util";
@@ -89,6 +89,7 @@ async function main(): Promise<number> {
 
 /** Draws what `options` asks for. Writes files only once the whole call has succeeded. */
 async function generate(options: Options, interrupted: AbortSignal): Promise<void> {
+  await stat(dirname(options.output)); // before a slip of the pen costs a drawing
   const sessions = openSessions(options.address);
   const transport = createGrpcTransport({ baseUrl: sessions.authority, sessionManager: sessions });
   const display = new Display(process.stderr);
