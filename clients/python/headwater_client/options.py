@@ -1,6 +1,6 @@
 """What can be asked of a picture, in the library's words."""
 
-from typing import Literal, Required, TypedDict
+from typing import Required, TypedDict
 
 
 class Options(TypedDict, total=False):
@@ -8,7 +8,8 @@ class Options(TypedDict, total=False):
 
     width, height: pixels. seed: of the first picture, the next ones count up. count: pictures.
     preview_every: steps between previews; preview_edge: their longest edge in pixels.
-    quality: of lossy formats, 1 to 100. numerics: refused if the server is set up otherwise.
+    format: "png", "jpeg" or "webp"; quality: of the last two, 1 to 100.
+    numerics: "eager" or "compiled"; refused if the server is set up otherwise.
     request_id: names the request in the server's log and derives the seed; a random UUID by default.
     """
 
@@ -25,9 +26,9 @@ class Options(TypedDict, total=False):
     max_sequence_length: int | None
     preview_every: int | None
     preview_edge: int | None
-    format: Literal["png", "jpeg", "webp"] | str | None
+    format: str | None
     quality: int | None
-    numerics: Literal["eager", "compiled"] | str | None
+    numerics: str | None
 
 
 class Parameters(Options, total=False):

@@ -37,7 +37,7 @@ def show_status(status: Status) -> None:
     table.show_header = False
     _add(table, "replica", f"{status.replica} (headwater {status.version})")
     _add(table, "device", f"{status.device} {status.device_name}".strip())
-    _add(table, "params reach it by", status.transfer)
+    _add(table, "params reach it by", status.transfer or "nothing was sent yet")
     _add(table, "VRAM", _vram(status))
     _add(table, "pictures being drawn", str(status.riding_count))
     _add(table, "requests waiting", f"{status.queued_count} of at most {status.queue_limit}")
@@ -78,4 +78,7 @@ def _print(table: Table) -> None:
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=PIPE_WIDTH)
-    console.print(table)
+    with console.capture() as text:
+        console.print(table)
+    for line in text.get().splitlines():
+        click.echo(line.rstrip())

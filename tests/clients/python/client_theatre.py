@@ -150,13 +150,17 @@ Script = Callable[[Stage], Awaitable[None]]
 
 
 class ScriptedSampler(sampler_pb2_grpc.SamplerServiceServicer):
-    """The service; remembers what it was asked. `cancelled` is set when a call was cut off."""
+    """The service; remembers what it was asked. `cancelled` is set when a call was cut off.
+
+    A mute one never answers GetStatus.
+    """
 
     def __init__(self) -> None:
         self.scripts: list[Script] = [draw]
         self.requests: list[pb.GenerateRequest] = []
         self.times_s: list[float] = []
         self.hanging, self.cancelled = threading.Event(), threading.Event()
+        self.mute = False
 
     async def Generate(self, request: Any, context: Any) -> None:
         """Play the next script."""
@@ -202,6 +206,9 @@ class ScriptedSampler(sampler_pb2_grpc.SamplerServiceServicer):
 
     async def GetStatus(self, request: Any, context: Any) -> Any:
         """A quiet moment."""
+        if self.mute:
+            self.hanging.set()
+            await asyncio.Event().wait()
         return pb.GetStatusResponse(
             replica="replica-a", version="0.1.0", device="cpu", queue_limit=64, attached_models=["demo"]
         )

@@ -3,10 +3,12 @@
 import asyncio
 import threading
 from contextlib import aclosing
+from typing import Any, ClassVar
 
 import pytest
 from client_theatre import ScriptedSampler, Stage, Theatre
 from headwater_client import AsyncClient, Cancelled, Client, DeadlineExceeded, Started
+from headwater_client.transport import Asyncio
 
 
 async def begin_and_hang(stage: Stage) -> None:
@@ -60,17 +62,39 @@ def test_the_timeout_cancels(client: Client, sampler: ScriptedSampler) -> None:
     assert sampler.cancelled.wait(5)
 
 
-def test_closing_the_client_ends_calls_of_other_threads(client: Client, sampler: ScriptedSampler) -> None:
-    """A call in flight ends as Cancelled."""
-    timer = threading.Timer(0.2, client.close)
-    timer.start()
+@pytest.mark.parametrize("method", ["generate", "status"])
+def test_closing_the_client_ends_calls_of_other_threads(client: Client, sampler: ScriptedSampler, method: str) -> None:
+    """A call in flight ends as Cancelled, and the client is of no more use."""
+    sampler.mute = True
+    closer = threading.Thread(target=lambda: sampler.hanging.wait(5) and client.close())
+    closer.start()
     with pytest.raises(Cancelled):
-        client.generate("a fox")
-    timer.join()
+        client.generate("a fox") if method == "generate" else client.status()
+    closer.join()
 
-    assert sampler.cancelled.wait(5)
     with pytest.raises(RuntimeError, match="closed"):
         client.status()
+
+
+def test_a_call_is_cancelled_even_if_it_is_referred_to(
+    theatre: Theatre, sampler: ScriptedSampler, address: str
+) -> None:
+    """The end of an iterator does not leave the cancelling to the garbage collector."""
+
+    class Keeping(Asyncio):
+        calls: ClassVar[list[Any]] = []
+
+        async def read(self, call: Any) -> Any:
+            self.calls.append(call)
+            return await super().read(call)
+
+    async def leave() -> None:
+        async with AsyncClient(address, transport=Keeping()) as client:
+            async with aclosing(client.stream("a fox")) as events:
+                await anext(events)
+            assert await asyncio.to_thread(sampler.cancelled.wait, 5)
+
+    theatre.run(leave())
 
 
 def test_breaking_out_of_async_for_cancels(theatre: Theatre, sampler: ScriptedSampler, address: str) -> None:
@@ -104,15 +128,19 @@ def test_cancelling_the_task_cancels(theatre: Theatre, sampler: ScriptedSampler,
     theatre.run(abandon())
 
 
-def test_closing_the_asyncio_client_ends_its_calls(theatre: Theatre, sampler: ScriptedSampler, address: str) -> None:
+@pytest.mark.parametrize("method", ["generate", "status"])
+def test_closing_the_asyncio_client_ends_its_calls(
+    theatre: Theatre, sampler: ScriptedSampler, address: str, method: str
+) -> None:
     """The waiting task gets our Cancelled, not asyncio's, for nobody cancelled the task."""
+    sampler.mute = True
 
     async def close_under_it() -> None:
         client = AsyncClient(address)
-        task = asyncio.create_task(client.generate("a fox"))
+        task = asyncio.create_task(client.generate("a fox") if method == "generate" else client.status())
         assert await asyncio.to_thread(sampler.hanging.wait, 5)
         await client.aclose()
         with pytest.raises(Cancelled):
-            await task
+            await asyncio.wait_for(task, 5)
 
     theatre.run(close_under_it())

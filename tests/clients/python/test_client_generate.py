@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any
@@ -172,3 +173,13 @@ def test_models_status_and_preparation_are_typed(theatre: Theatre, client: Clien
     assert (details.default_guidance_scale, details.components[0].outside) == (None, ("norm: read-only",))
     assert [fill.done for fill in fills] == [False, False, True]
     assert (models, fills, status) == (client.models(), list(client.prepare()), client.status())
+
+
+def test_threads_share_a_client(client: Client) -> None:
+    """Calls at the same time do not mix."""
+    with ThreadPoolExecutor(8) as threads:
+        results = list(threads.map(lambda seed: client.generate("a fox", seed=seed, count=2), range(16)))
+
+    assert [[image.data for image in result.images] for result in results] == [
+        [png(seed), png(seed + 1)] for seed in range(16)
+    ]
