@@ -178,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except click.ClickException as error:
         _fail(error.format_message())
     except HeadwaterError as error:
-        _fail(error.message)
+        _fail("; ".join(f"{field}: {advice}" for field, advice in error.violations) or error.message)
     except OSError as error:
         _fail(str(error))
     except (click.Abort, KeyboardInterrupt):

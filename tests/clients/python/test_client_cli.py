@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from client_theatre import ScriptedSampler, Stage, draw, info, png
+from google.rpc import error_details_pb2
 from headwater_client.cli import main
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -161,6 +162,22 @@ def test_an_error_of_the_server_is_one_clean_line(headwater: Run, sampler: Scrip
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "headwater: error: no model 'x'  [31m; there are: demo\n"
     assert files(tmp_path) == set()
+
+
+def test_fields_that_the_server_refuses_are_named(headwater: Run, sampler: ScriptedSampler) -> None:
+    """All of them, on one line."""
+    bad = error_details_pb2.BadRequest()
+    bad.field_violations.add(field="width_px", description="must be a multiple of 16")
+    bad.field_violations.add(field="count", description="1 to 64")
+
+    async def refuse(stage: Stage) -> None:
+        await stage.fail("INVALID_ARGUMENT", "two fields", info("INVALID_REQUEST"), bad)
+
+    sampler.scripts = [refuse]
+    done = headwater("generate", "a fox", "--size", "17x16")
+
+    assert done.returncode == 1
+    assert done.stderr == "headwater: error: width_px: must be a multiple of 16; count: 1 to 64\n"
 
 
 def test_nobody_listening_is_one_line(headwater: Run, address: str) -> None:
