@@ -96,69 +96,82 @@ func generate(ctx context.Context, opts *options) error {
 	defer conn.Close()
 
 	screen := newDisplay(os.Stderr)
-	pictures, finished, err := draw(ctx, samplerv1.NewSamplerServiceClient(conn), opts, screen)
+	result, err := draw(ctx, samplerv1.NewSamplerServiceClient(conn), opts, screen)
 	screen.clear()
 	if err != nil {
 		return err
 	}
-	for i, picture := range pictures {
-		path := outputPath(opts.output, i, len(pictures))
-		if err := writeAtomically(path, picture.data); err != nil {
-			return err
-		}
-		fmt.Printf("%s: %dx%d, seed %d\n", path, picture.summary.WidthPx, picture.summary.HeightPx, picture.summary.Seed)
+	if err := save(result.album.pictures, opts.output); err != nil {
+		return err
 	}
-	fmt.Println(costLine(finished))
+	fmt.Println(costLine(result.finished))
 	return nil
 }
 
-// draw follows one call to its end and returns its pictures, checked, with what they cost.
+// draw follows one call to its end and returns what came of it, checked.
 func draw(
 	ctx context.Context, client samplerv1.SamplerServiceClient, opts *options, screen *display,
-) ([]picture, *samplerv1.Finished, error) {
+) (*drawing, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	stream, err := client.Generate(ctx, opts.request)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
-	var (
-		album    album
-		finished *samplerv1.Finished
-		steps    int
-	)
-	enough := func() bool { return opts.cancelAfterSteps > 0 && steps >= opts.cancelAfterSteps }
+	result := &drawing{}
+	enough := func() bool { return opts.cancelAfterSteps > 0 && result.steps >= opts.cancelAfterSteps }
 	for {
 		response, err := stream.Recv()
 		switch {
 		case errors.Is(err, io.EOF):
-			return album.pictures, finished, album.check(finished)
+			return result, result.check()
 		case status.Code(err) == codes.Canceled && enough():
-			return nil, nil, errEnough
+			return nil, errEnough
 		case err != nil:
-			return nil, nil, err
+			return nil, err
 		}
-		switch event := response.Event.(type) {
-		case *samplerv1.GenerateResponse_Queued:
-			screen.show(queuedLine(event.Queued))
-		case *samplerv1.GenerateResponse_Started:
-			screen.show(fmt.Sprintf("started: %s on %s", event.Started.Model, event.Started.Replica))
-		case *samplerv1.GenerateResponse_Progress:
-			screen.show(progressLine(event.Progress, opts.pictureCount()))
-			if isStep(event.Progress) {
-				steps++
-			}
-			if enough() {
-				cancel() // and read on: the stream itself says how it ended
-			}
-		case *samplerv1.GenerateResponse_ImageChunk:
-			if err := album.add(event.ImageChunk); err != nil {
-				return nil, nil, err
-			}
-		case *samplerv1.GenerateResponse_Finished:
-			finished = event.Finished
+		if line := newsLine(response, opts.pictureCount()); line != "" {
+			screen.show(line)
+		}
+		if err := result.take(response); err != nil {
+			return nil, err
+		}
+		if enough() {
+			cancel() // and read on: the stream itself says how it ended
 		}
 	}
+}
+
+// A drawing is what a stream has brought so far.
+type drawing struct {
+	album    album
+	steps    int
+	finished *samplerv1.Finished
+}
+
+func (d *drawing) take(response *samplerv1.GenerateResponse) error {
+	switch event := response.Event.(type) {
+	case *samplerv1.GenerateResponse_Progress:
+		if isStep(event.Progress) {
+			d.steps++
+		}
+	case *samplerv1.GenerateResponse_ImageChunk:
+		return d.album.add(event.ImageChunk)
+	case *samplerv1.GenerateResponse_Finished:
+		d.finished = event.Finished
+	}
+	return nil
+}
+
+// check refuses an OK stream that did not bring everything it promised.
+func (d *drawing) check() error {
+	if d.finished == nil {
+		return errors.New("the stream ended without its last message")
+	}
+	if len(d.album.pictures) != len(d.finished.Seeds) || d.album.partial.Len() > 0 {
+		return fmt.Errorf("%d whole pictures came, the sampler drew %d", len(d.album.pictures), len(d.finished.Seeds))
+	}
+	return nil
 }
 
 // isStep tells a finished step from the news that denoising begins.
@@ -189,23 +202,14 @@ func (a *album) add(chunk *samplerv1.ImageChunk) error {
 	data := append([]byte(nil), a.partial.Bytes()...)
 	a.partial.Reset()
 	if int64(len(data)) != chunk.Last.SizeBytes {
-		return fmt.Errorf("picture %d has %d bytes, the sampler announced %d", chunk.ImageIndex, len(data), chunk.Last.SizeBytes)
+		return fmt.Errorf(
+			"picture %d has %d bytes, the sampler announced %d", chunk.ImageIndex, len(data), chunk.Last.SizeBytes,
+		)
 	}
 	if digest := sha256.Sum256(data); !bytes.Equal(digest[:], chunk.Last.Sha256) {
 		return fmt.Errorf("picture %d was damaged on its way: its SHA-256 differs", chunk.ImageIndex)
 	}
 	a.pictures = append(a.pictures, picture{data: data, summary: chunk.Last})
-	return nil
-}
-
-// check refuses an OK stream that did not bring everything it promised.
-func (a *album) check(finished *samplerv1.Finished) error {
-	if finished == nil {
-		return errors.New("the stream ended without its last message")
-	}
-	if len(a.pictures) != len(finished.Seeds) || a.partial.Len() > 0 {
-		return fmt.Errorf("%d whole pictures came, the sampler drew %d", len(a.pictures), len(finished.Seeds))
-	}
 	return nil
 }
 
@@ -234,6 +238,19 @@ func (d *display) clear() {
 	if d.live {
 		fmt.Fprint(d.file, eraseLine)
 	}
+}
+
+// newsLine is what a message means to someone who waits; empty if nothing.
+func newsLine(response *samplerv1.GenerateResponse, pictureCount int) string {
+	switch event := response.Event.(type) {
+	case *samplerv1.GenerateResponse_Queued:
+		return queuedLine(event.Queued)
+	case *samplerv1.GenerateResponse_Started:
+		return fmt.Sprintf("started: %s on %s", event.Started.Model, event.Started.Replica)
+	case *samplerv1.GenerateResponse_Progress:
+		return progressLine(event.Progress, pictureCount)
+	}
+	return ""
 }
 
 func queuedLine(queued *samplerv1.Queued) string {
@@ -301,6 +318,17 @@ func violations(bad *errdetails.BadRequest) string {
 
 func oneLine(text string) string {
 	return strings.Join(strings.Fields(text), " ")
+}
+
+func save(pictures []picture, output string) error {
+	for i, p := range pictures {
+		path := outputPath(output, i, len(pictures))
+		if err := writeAtomically(path, p.data); err != nil {
+			return err
+		}
+		fmt.Printf("%s: %dx%d, seed %d\n", path, p.summary.WidthPx, p.summary.HeightPx, p.summary.Seed)
+	}
+	return nil
 }
 
 // outputPath numbers the files when there are several: out.png becomes out-0.png, out-1.png, ...

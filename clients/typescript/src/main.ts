@@ -21,6 +21,7 @@ import {
   type Finished,
   type GenerateRequest,
   GenerateRequestSchema,
+  type GenerateResponse,
   type ImageChunk,
   type ImageSummary,
   Phase,
@@ -43,8 +44,8 @@ const USAGE = `usage: headwater-ts generate --address HOST:PORT|unix:/path --pro
 interface Options {
   readonly address: string;
   readonly output: string;
-  readonly cancelAfterSteps: number | undefined;
-  readonly timeoutMs: number | undefined;
+  readonly cancelAfterSteps?: number | undefined;
+  readonly timeoutMs?: number | undefined;
   readonly request: GenerateRequest;
 }
 
@@ -116,64 +117,64 @@ function openSessions(address: string): Http2SessionManager {
   return new Http2SessionManager("http://localhost", undefined, { createConnection: () => connectSocket(socketPath) });
 }
 
-/** Follows one call to its end and returns its pictures, checked, with what they cost. */
+/** Follows one call to its end and returns what came of it, checked. */
 async function draw(
   client: Client<typeof SamplerService>,
-  options: Options,
+  { request, timeoutMs, cancelAfterSteps = Infinity }: Options,
   interrupted: AbortSignal,
   display: Display,
 ): Promise<Drawing> {
-  const call = new AbortController();
-  const album = new Album();
-  let finished: Finished | undefined;
-  let steps = 0;
-  let enough = false;
-  const stream = client.generate(options.request, {
-    signal: AbortSignal.any([interrupted, call.signal]),
-    timeoutMs: options.timeoutMs,
-  });
+  const enough = new AbortController();
+  const signal = AbortSignal.any([interrupted, enough.signal]);
+  const drawing = new DrawingSoFar();
   try {
-    for await (const { event } of stream) {
-      switch (event.case) {
-        case "queued":
-          display.show(queuedLine(event.value));
-          break;
-        case "started":
-          display.show(`started: ${event.value.model} on ${event.value.replica}`);
-          break;
-        case "progress":
-          display.show(progressLine(event.value, options.request.count || 1));
-          steps += isStep(event.value) ? 1 : 0;
-          if (options.cancelAfterSteps !== undefined && steps >= options.cancelAfterSteps) {
-            enough = true;
-            call.abort(); // and read on: the stream itself says how it ended
-          }
-          break;
-        case "imageChunk":
-          album.add(event.value);
-          break;
-        case "finished":
-          finished = event.value;
-          break;
+    for await (const response of client.generate(request, { signal, timeoutMs })) {
+      display.show(newsLine(response, request.count || 1));
+      drawing.take(response);
+      if (drawing.stepCount >= cancelAfterSteps) {
+        enough.abort(); // and read on: the stream itself says how it ended
       }
     }
   } catch (error) {
-    throw enough && isCancelled(error) ? new EnoughSteps() : error;
+    throw enough.signal.aborted && isCancelled(error) ? new EnoughSteps() : error;
   }
-  return album.close(finished);
+  return drawing.close();
 }
 
-/** Tells a finished step from the news that denoising begins. */
-function isStep(progress: Progress): boolean {
-  return progress.phase === Phase.DENOISING && progress.step > 0;
-}
-
-/** Puts chunks together. Pictures arrive one after the other, so one list of parts is enough. */
-class Album {
+/** What a stream has brought. Pictures arrive one after the other, so one list of parts is enough. */
+class DrawingSoFar {
+  stepCount = 0;
   readonly #pictures: Picture[] = [];
   #parts: Uint8Array[] = [];
+  #finished: Finished | undefined;
 
-  add({ imageIndex, data, last }: ImageChunk): void {
+  take({ event }: GenerateResponse): void {
+    switch (event.case) {
+      case "progress":
+        this.stepCount += isStep(event.value) ? 1 : 0;
+        break;
+      case "imageChunk":
+        this.#add(event.value);
+        break;
+      case "finished":
+        this.#finished = event.value;
+        break;
+    }
+  }
+
+  /** Refuses an OK stream that did not bring everything it promised. */
+  close(): Drawing {
+    if (this.#finished === undefined) {
+      throw new Error("the stream ended without its last message");
+    }
+    const drawn = this.#finished.seeds.length;
+    if (this.#pictures.length !== drawn || this.#parts.length > 0) {
+      throw new Error(`${this.#pictures.length} whole pictures came, the sampler drew ${drawn}`);
+    }
+    return { pictures: this.#pictures, finished: this.#finished };
+  }
+
+  #add({ imageIndex, data, last }: ImageChunk): void {
     if (imageIndex !== this.#pictures.length) {
       throw new Error(`a chunk of picture ${imageIndex} came while picture ${this.#pictures.length} was open`);
     }
@@ -183,17 +184,11 @@ class Album {
       this.#parts = [];
     }
   }
+}
 
-  /** Refuses an OK stream that did not bring everything it promised. */
-  close(finished: Finished | undefined): Drawing {
-    if (finished === undefined) {
-      throw new Error("the stream ended without its last message");
-    }
-    if (this.#pictures.length !== finished.seeds.length || this.#parts.length > 0) {
-      throw new Error(`${this.#pictures.length} whole pictures came, the sampler drew ${finished.seeds.length}`);
-    }
-    return { pictures: this.#pictures, finished };
-  }
+/** Tells a finished step from the news that denoising begins. */
+function isStep(progress: Progress): boolean {
+  return progress.phase === Phase.DENOISING && progress.step > 0;
 }
 
 function checked(index: number, data: Buffer, summary: ImageSummary): Picture {
@@ -215,7 +210,10 @@ class Display {
     this.#stream = stream;
   }
 
-  show(line: string): void {
+  show(line: string | undefined): void {
+    if (line === undefined) {
+      return;
+    }
     this.#stream.write(this.#stream.isTTY ? Display.#eraseLine + line : `${line}\n`);
   }
 
@@ -223,6 +221,20 @@ class Display {
     if (this.#stream.isTTY) {
       this.#stream.write(Display.#eraseLine);
     }
+  }
+}
+
+/** What a message means to someone who waits, if anything. */
+function newsLine({ event }: GenerateResponse, pictureCount: number): string | undefined {
+  switch (event.case) {
+    case "queued":
+      return queuedLine(event.value);
+    case "started":
+      return `started: ${event.value.model} on ${event.value.replica}`;
+    case "progress":
+      return progressLine(event.value, pictureCount);
+    default:
+      return undefined;
   }
 }
 
@@ -265,8 +277,8 @@ function isCancelled(error: unknown): boolean {
 }
 
 /**
- * Whether the connection, not the sampler, ended the call. gRPC calls that UNAVAILABLE; connect-node calls it, by how the
- * connection went, INTERNAL, ABORTED or even CANCELLED.
+ * Whether the connection, not the sampler, ended the call. gRPC calls that UNAVAILABLE; connect-node calls it INTERNAL,
+ * ABORTED or even CANCELLED, by how the connection went.
  */
 function isConnectionLost(error: unknown, sessions: Http2SessionManager): error is ConnectError {
   const lost = ["closed", "error"].includes(sessions.state());
