@@ -229,7 +229,7 @@ class Ring:
             slot.free.record(torch.cuda.current_stream(self.device))
         slot.is_bound = False
         if self._poison:
-            slot.memory.fill_(0xFF)
+            slot.memory[: gate.size_bytes].fill_(0xFF)
             slot.gate = None
         else:
             self._unbind(gate)

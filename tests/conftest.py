@@ -1,0 +1,70 @@
+"""Tiny models on disk and a running stack that tests share. A test that breaks things starts a stack of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.stack import Process, Stack, running
+
+# Before torch is imported anywhere: references must be computed as the services compute, and 2 cores are shared.
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
+
+
+@pytest.fixture(scope="session")
+def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Pipeline folders by name: each architecture, each with circulating names, one sharded, one in bf16, "tiny"."""
+    import torch
+
+    from tests import tiny_models
+
+    root = tmp_path_factory.mktemp("models")
+    folders = {name: tiny_models.write_folder(name, root / name) for name in tiny_models.ARCHITECTURES}
+    for name in tiny_models.ARCHITECTURES:
+        copy = Path(shutil.copytree(folders[name], root / f"{name}_circulating"))
+        folders[copy.name] = tiny_models.circulating_names(name, copy)
+    folders["z_image_bf16"] = tiny_models.write_folder("z_image", root / "z_image_bf16", torch.bfloat16)
+    folders["sdxl_f16"] = tiny_models.write_folder("sdxl", root / "sdxl_f16", torch.float16)
+    folders["flux_sharded"] = tiny_models.write_folder("flux", root / "flux_sharded", max_shard_size="100KB")
+    folders["tiny"] = Path(shutil.copytree(folders["z_image"], root / "tiny"))
+    defaults = {"width_px": 64, "height_px": 64, "step_count": 4, "guidance_scale": 0}
+    (folders["tiny"] / "headwater.json").write_text(json.dumps(defaults))
+    return folders
+
+
+@pytest.fixture(scope="session")
+def stack(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """A loader with every tiny model, eagerly loaded."""
+    with running(tmp_path_factory.mktemp("stack"), tiny_folders) as stack:
+        stack.loader("--eager-load")
+        yield stack
+
+
+@pytest.fixture(scope="session")
+def sampler(stack: Stack) -> Process:
+    """A sampler that computes on the arena itself."""
+    return stack.sampler()
+
+
+@pytest.fixture(scope="session")
+def ring_sampler(stack: Stack) -> Process:
+    """A sampler that copies params through slots filled with NaN when they are left."""
+    return stack.sampler("--test-ring")
+
+
+@pytest.fixture(scope="session")
+def sampler_unix(sampler: Process) -> str:
+    """Address of the sampler's Unix socket."""
+    return sampler.addresses[0]
+
+
+@pytest.fixture(scope="session")
+def sampler_tcp(sampler: Process) -> str:
+    """Address of the sampler's TCP port."""
+    return sampler.addresses[1]

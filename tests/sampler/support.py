@@ -1,0 +1,55 @@
+"""What plain diffusers draws from a folder, to compare with."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from headwater_client import Client, Result
+from numpy.typing import NDArray
+from PIL import Image
+
+from tests.tiny_models import CALLS
+
+DTYPES = {"z_image_bf16": torch.bfloat16, "sdxl_f16": torch.float16}
+
+
+def architecture(name: str) -> str:
+    """`flux` of `flux_circulating`."""
+    return next(a for a in sorted(CALLS, key=len, reverse=True) if name.startswith(a))
+
+
+@functools.lru_cache(maxsize=1)
+def plain_pipeline(folder: Path) -> Any:
+    pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=DTYPES.get(folder.name, torch.float32))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def plain_picture(
+    folder: Path, prompt: str, size: tuple[int, int], steps: int, seed: int, call: dict[str, Any] | None = None
+) -> Image.Image:
+    """The folder's own pipeline, loaded and called as its documentation says."""
+    torch.set_num_threads(1)
+    picture: Image.Image = plain_pipeline(folder)(
+        prompt=prompt, width=size[0], height=size[1], num_inference_steps=steps,
+        generator=torch.Generator().manual_seed(seed), **(CALLS[architecture(folder.name)] if call is None else call),
+    ).images[0]  # fmt: skip
+    return picture
+
+
+def served(address: str, model: str, prompt: str, size: tuple[int, int], steps: int, seed: int, **more: Any) -> Result:
+    """The same through the service."""
+    options: dict[str, Any] = dict(CALLS[architecture(model)])
+    with Client(address) as client:
+        return client.generate(
+            prompt, model=model, width=size[0], height=size[1], steps=steps, seed=seed, timeout=120, **options, **more
+        )
+
+
+def pixels(image: Image.Image) -> NDArray[np.uint8]:
+    return np.asarray(image.convert("RGB"))
