@@ -29,8 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"headwater-loader: {error}", file=sys.stderr)  # noqa: T201
         return 1
     except OSError as error:
-        print(f"headwater-loader: {error.strerror}", file=sys.stderr)  # noqa: T201
+        print(f"headwater-loader: {error.strerror or error}", file=sys.stderr)  # noqa: T201
         return 1
+    except KeyboardInterrupt:  # before the server was up; all that was taken has been given back
+        return 130
     return 0
 
 

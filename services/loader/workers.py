@@ -45,6 +45,8 @@ async def _fill(resident: Resident, extent: int, filler: Filler) -> int:
     _set(resident, extent, ExtentState.FILLING)
     count = await filler.fill(resident.arena, resident.source.checkpoint, resident.specs, extent)
     resident.states[extent] = ExtentState.READY
+    if resident.is_ready:
+        _log.info("ready", component=resident.source.name, size_bytes=resident.ready_bytes)
     return count
 
 

@@ -1,0 +1,49 @@
+"""The fill queue: urgency, order, and what is given out no more."""
+
+import asyncio
+from pathlib import Path
+
+from services.loader.catalog import read_model
+from services.loader.config import ModelEntry
+from services.loader.queue import FillQueue, Urgency
+from services.loader.records import Resident
+from services.params.arena import ExtentState, OwnedArena
+from services.params.header import Header
+from tests.loader.support import make_model
+
+
+def resident_of(folder: Path) -> Resident:
+    make_model(folder / "toy")
+    source = read_model(ModelEntry("toy", folder / "toy"), 16384).components[1]
+    header = Header(source.name, "ab" * 16, "cd" * 16, source.identity, source.layout)
+    return Resident.of(OwnedArena.create(folder / "x.arena", header), source)
+
+
+def test_each_extent_is_given_out_once_most_urgent_first(tmp_path: Path) -> None:
+    """However often it was asked for; not what is READY, being worked on, failed or evicted."""
+    resident = resident_of(tmp_path)
+    other = resident_of(tmp_path / "other")
+
+    async def use() -> None:
+        queue = FillQueue()
+        queue.put(resident, range(4), Urgency.EAGER)
+        queue.put(resident, [3, 2], Urgency.PREPARED)
+        queue.put(resident, [2, 1, 2], Urgency.NAMED)
+        resident.states[1] = ExtentState.READY
+        assert [(await queue.take())[1] for _ in range(3)] == [2, 3, 0]
+        assert resident.busy == {0, 2, 3}
+
+        queue.put(resident, range(4, 8), Urgency.NAMED)
+        resident.is_gone = True
+        queue.put(other, [5], Urgency.EAGER)
+        assert await queue.take() == (other, 5)
+
+        waiting = asyncio.create_task(queue.take())
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        queue.put(other, [6], Urgency.EAGER)
+        assert await waiting == (other, 6)
+
+    asyncio.run(use())
+    resident.arena.close()
+    other.arena.close()
