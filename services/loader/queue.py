@@ -26,7 +26,7 @@ class FillQueue:
         self._news = asyncio.Event()
 
     def put(self, resident: Resident, extents: Iterable[int], urgency: Urgency) -> None:
-        self._lanes[urgency].extend((resident, extent) for extent in extents)
+        self._lanes[urgency].extend((resident, extent) for extent in extents if _needs_work(resident, extent))
         self._news.set()
 
     async def take(self) -> tuple[Resident, int]:

@@ -199,6 +199,10 @@ class ParamStore:
         for resident in failed:
             await self._discard(resident)
         await self._scan(record)
+        known = {part.identity for other in self._records.values() for part in other.components}
+        for identity, resident in list(self._admission.residents.items()):
+            if identity not in known:
+                await self._admission.drop([resident])  # of files that are no more; spared while in use
         self._tidy()
         if record.source is None:
             raise BadCheckpoint(record.reason)

@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 from services.errors import BadCheckpoint
 from services.loader.catalog import identity_of, pick_weights, read_model
-from services.loader.config import ModelEntry, parse_size
+from services.loader.config import ModelEntry
 from tests.loader.support import make_model
 
 EXTENT = 1 << 20
@@ -120,14 +120,6 @@ def test_identity_changes_with_bytes_times_and_layout(tmp_path: Path) -> None:
     assert identities()[1] == before[1]
     checkpoint = read_model(entry, EXTENT).components[1].checkpoint
     assert identity_of(checkpoint, EXTENT) == before[1]
-
-
-def test_sizes_have_units() -> None:
-    """Binary and decimal units, any case."""
-    assert [parse_size(text) for text in ("4096", "64GiB", "1.5 mib", "100MB")] == [4096, 64 << 30, 3 << 19, 10**8]
-    for text in ("", "-1", "1 XB", "GiB", "1e9"):
-        with pytest.raises(ValueError, match="is no size"):
-            parse_size(text)
 
 
 def test_index_entries_are_checked_before_files(tmp_path: Path) -> None:

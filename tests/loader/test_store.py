@@ -135,9 +135,18 @@ def test_a_change_during_the_last_extent_is_noticed(bench: Workbench, monkeypatc
     async def use() -> None:
         async with running(bench) as store:
             monkeypatch.setattr(OwnedArena, "write", write)
-            order = [("text_encoder", range(6)), ("text_encoder", [6])]
+            order = [("transformer", range(13)), ("text_encoder", range(7))]
             with pytest.raises(errors.CheckpointChanged):
                 await drain(store.prepare("toy", order))
+            assert store.model("toy").state is Residency.FAILED
+            assert store.model("toy").components[0].ready_bytes < store.model("toy").components[0].size_bytes
+            monkeypatch.undo()
+            before = arenas(bench)
+            for shard in (bench.folders["toy"] / "transformer").glob("*.safetensors"):
+                shard.touch()  # what is in memory of it is of files that are no more
+            assert (await drain(store.prepare("toy"))).is_done
+            assert len(arenas(bench)) == 2
+            assert not set(arenas(bench)) & set(before)
 
     asyncio.run(use())
 
