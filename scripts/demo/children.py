@@ -12,7 +12,7 @@ from signals import StopFlag
 GRACE_S = 8.0
 
 
-class ChildFailed(Exception):
+class ChildError(Exception):
     """A process ended that should not have; the message is for people."""
 
 
@@ -34,11 +34,11 @@ class Children:
             self._started.pop()
 
     def start(self, name: str, *command: str) -> subprocess.Popen[bytes]:
-        """Start one of this environment's commands, its output going to NAME.log. Raises Stopped, ChildFailed."""
+        """Start one of this environment's commands, its output going to NAME.log. Raises StoppedError, ChildError."""
         self._stop.check()
         program = Path(sys.executable).parent / command[0]
         if not program.exists():
-            raise ChildFailed(f"{program} is missing: run make setup")
+            raise ChildError(f"{program} is missing: run make setup")
         with self.log(name).open("wb") as log:
             process = subprocess.Popen(
                 [program, *command[1:]],
@@ -52,7 +52,7 @@ class Children:
         return process
 
     def finish(self, process: subprocess.Popen[bytes]) -> None:
-        """Wait until a process has done its work. Raises Stopped, ChildFailed."""
+        """Wait until a process has done its work. Raises StoppedError, ChildError."""
         while process.poll() is None:
             self._stop.tick()
         name = next(name for name, started in self._started if started is process)
@@ -61,7 +61,7 @@ class Children:
             raise self._failure(name, process)
 
     def check_alive(self) -> None:
-        """Raises ChildFailed if a process has ended."""
+        """Raises ChildError if a process has ended."""
         for name, process in self._started:
             if process.poll() is not None:
                 raise self._failure(name, process)
@@ -69,9 +69,9 @@ class Children:
     def log(self, name: str) -> Path:
         return self._logs / f"{name}.log"
 
-    def _failure(self, name: str, process: subprocess.Popen[bytes]) -> ChildFailed:
+    def _failure(self, name: str, process: subprocess.Popen[bytes]) -> ChildError:
         lines = self.log(name).read_text(errors="replace").splitlines()
-        return ChildFailed("\n".join([f"{name} ended with {process.returncode}; its last lines:", *lines[-15:]]))
+        return ChildError("\n".join([f"{name} ended with {process.returncode}; its last lines:", *lines[-15:]]))
 
     def _end(self, process: subprocess.Popen[bytes]) -> None:
         """SIGTERM, then SIGKILL if it takes too long or somebody asks twice."""

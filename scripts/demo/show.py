@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
-from children import ChildFailed, Children
+from children import ChildError, Children
 from costs import arena_bytes, mapping_of, megabytes, read_bytes
 from gallery import Exhibit, contact_sheet
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from signals import Stopped, StopFlag
+from signals import StopFlag, StoppedError
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "demo"
@@ -63,10 +63,10 @@ def run(stop: StopFlag, arguments: list[str] | None = None) -> int:
     try:
         with stage() as place, Children(place.folder, stop, threads=cores() // len(SAMPLERS) or 1) as children:
             show(place, children, stop, args)
-    except Stopped:
+    except StoppedError:
         print("\ndemo: stopped; nothing was left behind", file=sys.stderr)
         return 130
-    except (ChildFailed, grpc.RpcError, OSError) as error:
+    except (ChildError, grpc.RpcError, OSError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
     return 130 if stop.count else 0
@@ -81,7 +81,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def show(place: Stage, children: Children, stop: StopFlag, args: argparse.Namespace) -> None:
-    """The demo itself. Raises Stopped, ChildFailed."""
+    """The demo itself. Raises StoppedError, ChildError."""
     began = time.monotonic()
     services = start_services(place, children, models_file(place, args.model_folder))
     wait_until_healthy(place, children, stop)
@@ -91,7 +91,8 @@ def show(place: Stage, children: Children, stop: StopFlag, args: argparse.Namesp
     drawn = time.monotonic()
 
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    sheet = contact_sheet(exhibits, f"Headwater: {len(exhibits)} pictures, {len(SAMPLERS)} samplers, one copy of the weights")
+    title = f"Headwater: {len(exhibits)} pictures, {len(SAMPLERS)} samplers, one copy of the weights"
+    sheet = contact_sheet(exhibits, title)
     half_done = place.folder / "sheet.png"
     sheet.save(half_done)
     shutil.copyfile(half_done, args.output)
@@ -103,9 +104,9 @@ def show(place: Stage, children: Children, stop: StopFlag, args: argparse.Namesp
     cost("shared memory", f"{megabytes(size)} of arenas")
     for name, mapping in mapped.items():
         line = f"{megabytes(mapping.resident_bytes)} of them in its memory map"
-        cost(f"  {name}", f"{line}, {megabytes(mapping.private_bytes)} private")
+        cost(f"  {name}", f"{line}, {megabytes(mapping.private_bytes)} copied")
     everybody = sum(mapping.proportional_bytes for mapping in mapped.values())
-    cost("together (PSS)", f"{megabytes(everybody)}: shared pages counted once")
+    cost("  all together", f"{megabytes(everybody)}, each shared page counted once (PSS)")
     cost("pictures", f"{len(exhibits)} in {drawn - healthy:.1f} s, two at a time, the first two on a cold model")
     cost("seconds in all", f"{time.monotonic() - began:.1f}")
     print(f"\n{os.path.relpath(args.output)}", flush=True)
@@ -125,12 +126,12 @@ def start_services(place: Stage, children: Children, models: Path) -> dict[str, 
 
 
 def wait_until_healthy(place: Stage, children: Children, stop: StopFlag) -> None:
-    """Until every sampler says so, which it does when the loader answers it. Raises Stopped, ChildFailed."""
+    """Until every sampler says so, which it does when the loader answers it. Raises StoppedError, ChildError."""
     deadline = time.monotonic() + HEALTHY_WITHIN_S
     while not all(is_healthy(place.address(name)) for name in SAMPLERS):
         children.check_alive()
         if time.monotonic() > deadline:
-            raise ChildFailed(f"the samplers are not healthy after {HEALTHY_WITHIN_S:.0f} s")
+            raise ChildError(f"the samplers are not healthy after {HEALTHY_WITHIN_S:.0f} s")
         stop.tick()
 
 
@@ -167,7 +168,7 @@ def draw(place: Stage, children: Children, prompts: tuple[str, ...]) -> list[Exh
 @contextmanager
 def stage() -> Iterator[Stage]:
     """A private folder in shared memory, gone afterwards with all that is in it."""
-    folder = Path(tempfile.mkdtemp(prefix="headwater-demo-", dir="/dev/shm"))
+    folder = Path(tempfile.mkdtemp(prefix=f"headwater-demo-{os.getpid()}-", dir="/dev/shm"))
     try:
         yield Stage(folder)
     finally:

@@ -10,7 +10,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _TICK_S = 0.03
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """Somebody asked the demo to stop."""
 
 
@@ -24,12 +24,12 @@ class StopFlag:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def check(self) -> None:
-        """Raise Stopped if there was a signal."""
+        """Raise StoppedError if there was a signal."""
         if self.count:
-            raise Stopped
+            raise StoppedError
 
     def tick(self) -> None:
-        """Sleep a moment. Raises Stopped."""
+        """Sleep a moment. Raises StoppedError."""
         self.check()
         time.sleep(_TICK_S)
         self.check()
