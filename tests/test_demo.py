@@ -22,7 +22,7 @@ DEMO_MODEL = ROOT / "models" / "demo" / "model_index.json"
 MARK = "HEADWATER_TEST_DEMO"
 INT, TERM = signal.SIGINT, signal.SIGTERM
 # When somebody loses patience: Python starts, processes start, torch is imported, pictures are drawn, and whenever.
-MOMENTS = [(INT, 0.0), (INT, 0.2), (INT, 2.0), (INT, 6.0), (INT, 14.0), (TERM, 0.1), (TERM, 8.0), (INT, None)]
+MOMENTS = [(INT, 0.05), (INT, 0.2), (INT, 2.0), (INT, 6.0), (TERM, 0.1), (TERM, 12.0), (INT, None)]
 
 
 @pytest.fixture(scope="module")
@@ -108,13 +108,14 @@ def test_a_stopped_demo_leaves_nothing(
 ) -> None:
     """No process, no socket, no shared memory, no trace on the screen."""
     if after_s is None:
-        after_s = random.uniform(0, 12)
+        after_s = random.uniform(0.3, 14)
     with demo(tmp_path, *model_flags) as running:
         time.sleep(after_s)
         os.killpg(running.process.pid, number)  # as the terminal does: everybody in the foreground group
         code = running.process.wait(60)
 
-        assert code == 130, f"after {after_s} s: {running.text}"
+        # A signal that comes before `env` has blocked it ends `env`, with nothing started yet.
+        assert code == 130 or (code == -number and after_s < 0.1), f"after {after_s} s: {running.text}"
         assert "Traceback" not in running.text
         assert running.left_behind() == [], f"after {after_s} s"
         assert not running.output.exists()
@@ -135,7 +136,7 @@ def test_impatience_is_understood(tmp_path: Path, model_flags: list[str]) -> Non
 
 
 def test_a_wrong_folder_is_said_in_words(tmp_path: Path) -> None:
-    """The model's own reason, exit code 1, and nothing left."""
+    """One line, exit code 1, and nothing left."""
     (tmp_path / "empty").mkdir()
     with demo(tmp_path, "--model-folder", str(tmp_path / "empty")) as running:
         code = running.process.wait(120)

@@ -176,7 +176,10 @@ def stage() -> Iterator[Stage]:
 
 
 def models_file(place: Stage, folder: Path | None) -> Path:
-    """The repository's models.toml, or one made for another folder."""
+    """The repository's models.toml, or one made for another folder. Raises FileNotFoundError."""
+    index = (folder or ROOT / "models" / MODEL) / "model_index.json"
+    if not index.is_file():
+        raise FileNotFoundError(f"{index} is missing: a diffusers folder has one")
     if folder is None:
         return ROOT / "models.toml"
     file = place.folder / "models.toml"
