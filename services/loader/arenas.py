@@ -21,6 +21,7 @@ from services.params.arena import OwnedArena, discard
 from services.params.header import Header
 
 LOCK_NAME = "loader.lock"
+_MADE = b"a loader made this folder\n"
 _ARENA_SUFFIX = ".arena"
 _CONFIG_PREFIX = "config-"
 
@@ -46,7 +47,8 @@ class ArenaDir:
                 raise ConfigError(f"{path} is on {kind}, not on a tmpfs: choose another --arena-dir or --allow-disk")
             path.mkdir(mode=0o700, exist_ok=True)
             _check_is_own(path)
-            return cls(path, _lock(path / LOCK_NAME), is_ours)
+            lock = _lock(path / LOCK_NAME)
+            return cls(path, lock, _note_maker(lock, is_ours))
         except OSError as error:
             raise ConfigError(f"cannot use the arena folder {path}: {error.strerror}") from error
 
@@ -154,6 +156,13 @@ def _available_bytes() -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) << 10
     return 1 << 62
+
+
+def _note_maker(lock: int, is_ours: bool) -> bool:
+    """Whether a loader made the folder, this one or a dead one before it; the lock file remembers."""
+    if is_ours:
+        os.pwrite(lock, _MADE, 0)
+    return os.pread(lock, len(_MADE), 0) == _MADE
 
 
 def _lock(path: Path) -> int:

@@ -47,9 +47,7 @@ class LoaderClient:
         with self._errors():
             return (await self._stub.GetModel(loader_pb2.GetModelRequest(model=name))).model
 
-    async def prepare(
-        self, name: str, order: Iterable[tuple[str, Sequence[int]]] = ()
-    ) -> AsyncIterator[PrepareNews]:
+    async def prepare(self, name: str, order: Iterable[tuple[str, Sequence[int]]] = ()) -> AsyncIterator[PrepareNews]:
         """Messages of a fill until `done`; `order` is (component, extents). Raises what PrepareParams answers."""
         selections = [loader_pb2.ExtentSelection(component=c, extents=extents) for c, extents in order]
         call = self._stub.PrepareParams(loader_pb2.PrepareParamsRequest(model=name, order=selections))

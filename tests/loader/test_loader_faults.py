@@ -23,7 +23,7 @@ async def refused(work: Awaitable[Any], kind: type[errors.HeadwaterError], words
     with pytest.raises(kind, match=words) as caught:
         await work
     text = str(caught.value)
-    for path in ("/tmp", "/dev/shm", "/work", "/root", "0x"):
+    for path in ("/tmp", "/dev/shm", "/root", "/home", "0x"):
         assert path not in text
     return text
 

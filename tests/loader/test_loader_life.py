@@ -74,8 +74,10 @@ def test_a_whole_adopted_model_is_not_read_again(bench: Workbench) -> None:
     with bench.loader() as process:
         asyncio.run(first())
         process.kill()
-    with bench.loader():
+    with bench.loader() as process:
         asyncio.run(second())
+        assert terminate(process) == 0
+    assert not list(bench.memory.iterdir())  # the folder too, though the dead one made it
 
 
 def test_a_damaged_extent_is_found_and_filled_again(bench: Workbench) -> None:
