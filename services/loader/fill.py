@@ -5,77 +5,25 @@ not aligned and O_DIRECT wants them to be; from there `pwrite` puts it into the 
 """
 
 import asyncio
-import errno
 import mmap
-import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import TypeVar
 
 import xxhash
 
-from services.errors import BadCheckpoint, CheckpointChanged
+from services.loader.reads import plan_reads
+from services.loader.source import SourceFile
 from services.params.arena import OwnedArena
-from services.params.checkpoint import Checkpoint, CheckpointFile, FileIdentity, TensorSpec
-from services.params.layout import PAGE, Layout, round_up
+from services.params.checkpoint import Checkpoint, TensorSpec
+from services.params.layout import PAGE
 
 CHUNK_BYTES = 8 << 20
 _ZEROS = bytes(PAGE)
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """Bytes that are contiguous in the file and in the arena: `at` in their read, `target` in the data."""
-
-    at: int
-    target: int
-    size_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Read:
-    """One contiguous range of one file and where its pieces go."""
-
-    file: int
-    offset: int
-    size_bytes: int
-    pieces: tuple[Piece, ...]
-
-
-def plan_reads(specs: Mapping[str, TensorSpec], layout: Layout, extent: int, chunk_bytes: int) -> Iterator[Read]:
-    """The reads that fill an extent, in the order of the arena, each at most `chunk_bytes`."""
-    file, start, size = -1, 0, 0
-    pieces: list[Piece] = []
-    for source, offset, target, length in _chunks(specs, layout, extent, chunk_bytes):
-        if pieces and (source != file or offset != start + size or size + length > chunk_bytes):
-            yield Read(file, start, size, tuple(pieces))
-            pieces = []
-        if not pieces:
-            file, start, size = source, offset, 0
-        if pieces and pieces[-1].target + pieces[-1].size_bytes == target:
-            last = pieces.pop()
-            pieces.append(Piece(last.at, last.target, last.size_bytes + length))
-        else:
-            pieces.append(Piece(size, target, length))
-        size += length
-    if pieces:
-        yield Read(file, start, size, tuple(pieces))
-
-
-def _chunks(
-    specs: Mapping[str, TensorSpec], layout: Layout, extent: int, chunk_bytes: int
-) -> Iterator[tuple[int, int, int, int]]:
-    for tensor in layout.tensors:
-        if tensor.extent == extent:
-            spec = specs[tensor.name]
-            for done in range(0, tensor.size_bytes, chunk_bytes):
-                length = min(chunk_bytes, tensor.size_bytes - done)
-                yield spec.file, spec.offset + done, tensor.offset + done, length
 
 
 class Pace:
@@ -184,64 +132,3 @@ class Filler:
             self._local.staging = memoryview(mmap.mmap(-1, CHUNK_BYTES + 2 * PAGE))
         staging: memoryview = self._local.staging
         return staging
-
-
-class SourceFile:
-    """A checkpoint file open for reading, proven to be the one whose header was read."""
-
-    def __init__(self, file: CheckpointFile, is_buffered: bool) -> None:
-        self._file = file
-        self._is_buffered = is_buffered
-
-    def __enter__(self) -> "SourceFile":
-        try:
-            self._fd = self._open()
-        except FileNotFoundError as error:
-            raise CheckpointChanged(f"{self._file.path.name} was removed while it was read") from error
-        except OSError as error:
-            raise self._bad(error) from error
-        try:
-            self.check()
-        except CheckpointChanged:
-            os.close(self._fd)
-            raise
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        os.close(self._fd)
-
-    def check(self) -> None:
-        """Raises CheckpointChanged unless the file is in the state in which its header was read."""
-        if FileIdentity.of(os.fstat(self._fd)) != self._file.identity:
-            raise CheckpointChanged(f"{self._file.path.name} changed while it was read: ask again when it is complete")
-
-    def read(self, staging: memoryview, offset: int, size_bytes: int) -> memoryview:
-        """Bytes of the file, in `staging`; the read is widened to whole pages."""
-        start = offset // PAGE * PAGE
-        end = round_up(offset + size_bytes, PAGE)
-        have = 0
-        while have < offset + size_bytes - start:
-            try:
-                count = os.preadv(self._fd, [staging[have : end - start]], start + have)
-            except OSError as error:
-                raise self._bad(error) from error
-            if not count:
-                raise CheckpointChanged(f"{self._file.path.name} became shorter while it was read")
-            have += count
-        if self._is_buffered:
-            os.posix_fadvise(self._fd, start, end - start, os.POSIX_FADV_DONTNEED)
-        return staging[offset - start : offset - start + size_bytes]
-
-    def _open(self) -> int:
-        flags = os.O_RDONLY | os.O_CLOEXEC
-        if not self._is_buffered:
-            try:
-                return os.open(self._file.path, flags | os.O_DIRECT)
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-                self._is_buffered = True  # a file system without O_DIRECT
-        return os.open(self._file.path, flags)
-
-    def _bad(self, error: OSError) -> BadCheckpoint:
-        return BadCheckpoint(f"{self._file.path.name} cannot be read: {os.strerror(error.errno or 0)}")

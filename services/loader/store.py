@@ -9,13 +9,12 @@ All of it runs on the event loop; only admission's system calls and the fill its
 """
 
 import asyncio
-import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Sequence
 
 import structlog
 
-from services.errors import BadCheckpoint, HeadwaterError, InvalidRequest, Leased, ShuttingDown, UnknownModel
+from services.errors import BadCheckpoint, HeadwaterError, Leased, ShuttingDown, UnknownModel
 from services.loader.admission import Admission
 from services.loader.arenas import ArenaDir
 from services.loader.catalog import ModelSource, read_model
@@ -24,11 +23,10 @@ from services.loader.fill import Filler
 from services.loader.progress import Changes, follow
 from services.loader.queue import FillQueue, Urgency
 from services.loader.records import ModelRecord, ModelView, Part, Progress, Resident, view_of
+from services.loader.tickets import Order, Ticket, check_order
 from services.loader.workers import fill_forever
 
 _WATCH_PAUSE_S = 0.05
-
-Order = Sequence[tuple[str, Sequence[int]]]
 
 _log = structlog.get_logger()
 
@@ -84,7 +82,7 @@ class ParamStore:
     async def load_all(self) -> None:
         """Prepare every model, in order, behind whatever callers ask for; evicts nothing."""
         for record in self._records.values():
-            nobody = _Ticket()
+            nobody = Ticket()
             nobody.release()
             try:
                 await self._admitted(record, (), nobody, Urgency.EAGER)
@@ -103,9 +101,9 @@ class ParamStore:
     async def prepare(self, name: str, order: Order = ()) -> AsyncIterator[Progress]:
         """Make a model resident; news until all of it is READY. Leaving early does not stop the fill.
 
-        Raises UnknownModel, InvalidRequest, BadCheckpoint, HostMemoryFull, CheckpointChanged, ShuttingDown.
+        Raises UnknownModel, BadCheckpoint, HostMemoryFull, CheckpointChanged, ShuttingDown.
         """
-        record, ticket = self._record(name), _Ticket()
+        record, ticket = self._record(name), Ticket()
         try:
             await self._admitted(record, order, ticket, Urgency.PREPARED)
             news = follow(ticket.parts, lambda: self._view(record), self._changes)
@@ -162,7 +160,7 @@ class ParamStore:
             resident.busy.clear()  # its threads are joined
         await self._admission.drop(residents, even_if_leased=True)
 
-    async def _admitted(self, record: ModelRecord, order: Order, ticket: "_Ticket", urgency: Urgency) -> None:
+    async def _admitted(self, record: ModelRecord, order: Order, ticket: Ticket, urgency: Urgency) -> None:
         """Admit in a task of its own: the caller may leave, a reservation is never left half done."""
         task = asyncio.create_task(self._admit(record, order, ticket, urgency))
         self._admissions.add(task)
@@ -170,13 +168,13 @@ class ParamStore:
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         await asyncio.shield(task)
 
-    async def _admit(self, record: ModelRecord, order: Order, ticket: "_Ticket", urgency: Urgency) -> None:
+    async def _admit(self, record: ModelRecord, order: Order, ticket: Ticket, urgency: Urgency) -> None:
         async with self._admitting:
             if self._is_stopping:
                 raise ShuttingDown("the loader stops")
             if not self._is_whole(record):
                 await self._scan_again(record)
-            _check_order(record, order)
+            check_order(record, order)
             if not self._is_whole(record):
                 await self._reserve(record, may_evict=urgency is not Urgency.EAGER)
             ticket.hold(self._parts(record))
@@ -268,36 +266,3 @@ class ParamStore:
                 if part.identity == resident.source.identity:
                     return f"{record.entry.name}/{part.name}"
         return f"replaced/{resident.source.name}"
-
-
-class _Ticket:
-    """Keeps what a caller waits for from being evicted; a caller that left early holds nothing."""
-
-    def __init__(self) -> None:
-        self.parts: list[Part] = []
-        self._is_open = True
-
-    def hold(self, parts: list[Part]) -> None:
-        if self._is_open:
-            self.parts = parts
-            for _, resident in parts:
-                resident.user_count += 1
-                resident.last_used = time.monotonic()
-
-    def release(self) -> None:
-        self._is_open = False
-        for _, resident in self.parts:
-            resident.user_count -= 1
-
-
-def _check_order(record: ModelRecord, order: Order) -> None:
-    counts = {part.name: len(part.layout.extents) for part in record.components}
-    violations = []
-    for index, (component, extents) in enumerate(order):
-        if component not in counts:
-            text = f"no component {component[:64]!r}; known: {', '.join(counts)}"
-            violations.append((f"order[{index}].component", text))
-        elif any(not 0 <= extent < counts[component] for extent in extents):
-            violations.append((f"order[{index}].extents", f"extents of {component} are 0 to {counts[component] - 1}"))
-    if violations:
-        raise InvalidRequest(*violations)
