@@ -59,6 +59,27 @@ def ring_sampler(stack: Stack) -> Process:
 
 
 @pytest.fixture(scope="session")
+def cuda(request: pytest.FixtureRequest) -> None:
+    """Skips where torch sees no CUDA device."""
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA device")
+
+
+@pytest.fixture(scope="session")
+def cuda_streaming_sampler(cuda: None, stack: Stack) -> Process:
+    """A sampler on CUDA that streams every gate."""
+    return stack.sampler("--device", "cuda", "--max-vram", "4", "--work-reserve", "1", "--no-stream-layers")
+
+
+@pytest.fixture(scope="session")
+def cuda_resident_sampler(cuda: None, stack: Stack) -> Process:
+    """A sampler on CUDA that keeps everything there."""
+    return stack.sampler("--device", "cuda", "--max-vram", "8")
+
+
+@pytest.fixture(scope="session")
 def sampler_unix(sampler: Process) -> str:
     """Address of the sampler's Unix socket."""
     return sampler.addresses[0]

@@ -79,7 +79,7 @@ class Stack:
         socket = f"unix:{self.memory}/sampler{len(self.processes)}.sock"
         process = self._start(
             "services.sampler", "--loader", self.loader_address, "--listen", socket, "--listen", "127.0.0.1:0",
-            "--device", "cpu", "--gate-limit", str(gate_limit), "--grace", "5", *flags,
+            "--gate-limit", str(gate_limit), "--grace", "5", *(flags if "--device" in flags else ("--device", "cpu", *flags)),
         )  # fmt: skip
         log = process.wait_for("loader connected")
         process.addresses = re.findall(r"'([^']*)'", log.split("addresses=")[1].split("]")[0])

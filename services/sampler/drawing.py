@@ -44,6 +44,7 @@ class Drawing:
         self._sigmas: list[float] | None = None
         self.step = 0
 
+    @torch.inference_mode()
     def draw(self) -> Image.Image:
         """Run the pipeline; returns the picture. Raises what the gates raise, and DeviceMemoryFull."""
         try:

@@ -18,7 +18,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
 import structlog
-import torch
 
 from services.errors import Cancelled
 from services.sampler.gates import Gate
@@ -137,8 +136,7 @@ class Engine:
         try:
             rider.raise_fault()
             self.transfer.bind_thread()
-            with torch.inference_mode():
-                rider.result = rider.work(rider)
+            rider.result = rider.work(rider)
         except BaseException as error:
             rider.error = error
         try:

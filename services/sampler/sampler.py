@@ -63,11 +63,13 @@ class Sampler:
             raise
         queue_s = time.monotonic() - arrived
         job = Job(self, model, request, seat)
-        async with aclosing(job.events()) as events:
+        try:
             yield Started(request)
-            async for event in events:
+            async for event in job.events():
                 yield event
-        yield job.finished(queue_s)
+            yield job.finished(queue_s)
+        finally:
+            job.cancel()
 
     def spawn(self, job: asyncio.Task[None]) -> None:
         """Keep a task of a job alive, also after its caller went away."""
@@ -101,18 +103,15 @@ class Job:
         """Progress and previews as they come, pictures in the order of their index; ends after the last picture."""
         pictures: dict[int, Picture] = {}
         sent = 0
-        try:
-            while sent < self._request.count:
-                event = await self._next_event()
-                if isinstance(event, Picture):
-                    pictures[event.image_index] = event
-                    while sent in pictures:
-                        yield pictures.pop(sent)
-                        sent += 1
-                else:
-                    yield event
-        finally:
-            self._cancel()
+        while sent < self._request.count:
+            event = await self._next_event()
+            if isinstance(event, Picture):
+                pictures[event.image_index] = event
+                while sent in pictures:
+                    yield pictures.pop(sent)
+                    sent += 1
+            else:
+                yield event
 
     def finished(self, queue_s: float) -> Finished:
         phase_s: dict[Phase, float] = {}
@@ -185,7 +184,8 @@ class Job:
         width, height = rider.result.size
         return Picture(index, png(rider.result), width, height, self._request.seed_of(index))
 
-    def _cancel(self) -> None:
+    def cancel(self) -> None:
+        """End what still rides, at the next gate, and start nothing more."""
         self._closed = True
         for rider in self._riders:
             self._sampler.engine.cancel(rider)

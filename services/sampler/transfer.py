@@ -92,9 +92,11 @@ class Slot:
     def views(self, gate: Gate) -> tuple[torch.Tensor, ...]:
         """The gate's params as they lie in this slot."""
         if gate not in self.bound:
-            self.bound[gate] = tuple(
-                place_view(self.memory, at, p) for p, at in zip(gate.params, gate.places, strict=True)
-            )
+            # Params outlive the request that first needed them: they must not become inference tensors.
+            with torch.inference_mode(False):
+                self.bound[gate] = tuple(
+                    place_view(self.memory, at, p) for p, at in zip(gate.params, gate.places, strict=True)
+                )
         return self.bound[gate]
 
 

@@ -8,6 +8,7 @@ from typing import NoReturn
 import pytest
 
 from tests.clients.scripted_sampler import Sampler, running_sampler
+from tests.stack import Process, running
 
 # Before a test module imports it, so that its asserts explain themselves.
 pytest.register_assert_rewrite("tests.clients.behaviour")
@@ -27,19 +28,24 @@ def doomed_sampler(tmp_path: Path) -> Iterator[Sampler]:
         yield sampler
 
 
-# These two stand in for a real sampler. Without them, the fixtures of the same names in tests/conftest.py are used.
+@pytest.fixture(scope="session")
+def tiny_sampler(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    """A real sampler whose only model is "tiny"."""
+    with running(tmp_path_factory.mktemp("stack"), {"tiny": tiny_folders["tiny"]}) as stack:
+        stack.loader()
+        yield stack.sampler()
 
 
 @pytest.fixture(scope="session")
-def sampler_tcp(scripted_sampler: Sampler) -> str:
+def sampler_tcp(tiny_sampler: Process) -> str:
     """HOST:PORT of a sampler with the model "tiny"."""
-    return scripted_sampler.tcp
+    return tiny_sampler.addresses[1]
 
 
 @pytest.fixture(scope="session")
-def sampler_unix(scripted_sampler: Sampler) -> str:
+def sampler_unix(tiny_sampler: Process) -> str:
     """The same sampler's Unix socket."""
-    return scripted_sampler.unix
+    return tiny_sampler.addresses[0]
 
 
 @pytest.fixture(scope="session")

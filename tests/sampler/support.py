@@ -24,18 +24,24 @@ def architecture(name: str) -> str:
 
 
 @functools.lru_cache(maxsize=1)
-def plain_pipeline(folder: Path) -> Any:
+def plain_pipeline(folder: Path, device: str) -> Any:
     pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=DTYPES.get(folder.name, torch.float32))
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return pipeline.to(device)
 
 
 def plain_picture(
-    folder: Path, prompt: str, size: tuple[int, int], steps: int, seed: int, call: dict[str, Any] | None = None
+    folder: Path,
+    prompt: str,
+    size: tuple[int, int],
+    steps: int,
+    seed: int,
+    call: dict[str, Any] | None = None,
+    device: str = "cpu",
 ) -> Image.Image:
     """The folder's own pipeline, loaded and called as its documentation says."""
     torch.set_num_threads(1)
-    picture: Image.Image = plain_pipeline(folder)(
+    picture: Image.Image = plain_pipeline(folder, device)(
         prompt=prompt, width=size[0], height=size[1], num_inference_steps=steps,
         generator=torch.Generator().manual_seed(seed), **(CALLS[architecture(folder.name)] if call is None else call),
     ).images[0]  # fmt: skip

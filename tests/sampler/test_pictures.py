@@ -28,14 +28,16 @@ REQUESTS = [
 ]
 
 
-@pytest.mark.parametrize("way", ["sampler", "ring_sampler"])
+CUDA = [pytest.param(name, marks=pytest.mark.gpu) for name in ("cuda_streaming_sampler", "cuda_resident_sampler")]
+
+
+@pytest.mark.parametrize("way", ["sampler", "ring_sampler", *CUDA])
 @pytest.mark.parametrize("name", FOLDERS)
-def test_equals_diffusers(
-    name: str, way: str, tiny_folders: dict[str, Path], request: pytest.FixtureRequest
-) -> None:
+def test_equals_diffusers(name: str, way: str, tiny_folders: dict[str, Path], request: pytest.FixtureRequest) -> None:
     """Four different requests at once draw what plain diffusers draws, and so does each alone."""
     address = request.getfixturevalue(way).addresses[0]
-    references = [pixels(plain_picture(tiny_folders[name], *asked)) for asked in REQUESTS]
+    device = "cuda" if way.startswith("cuda") else "cpu"
+    references = [pixels(plain_picture(tiny_folders[name], *asked, device=device)) for asked in REQUESTS]
     assert all(r.std() > 1 for r in references)  # pictures, not flat colours
 
     with ThreadPoolExecutor(len(REQUESTS)) as pool:
