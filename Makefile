@@ -16,8 +16,8 @@ setup: .venv/installed gen/made ## .venv with pinned dependencies, the stubs, an
 proto: ## the Python stubs in gen/, for mypy and for people, from protos/
 	@rm -f gen/made && $(MAKE) --no-print-directory gen/made
 
-demo: setup ## a loader and two samplers draw out/demo.png and say what it cost
-	@env --block-signal=INT,TERM,HUP $(bin)/python scripts/demo
+demo: setup ## a loader and two samplers draw out/demo.png and say what it cost (FLAGS="--model-folder DIR" for your own)
+	@env --block-signal=INT,TERM,HUP $(bin)/python scripts/demo $(FLAGS)
 
 test: setup ## all tests but those that need Go or Node
 	$(bin)/python -m pytest -m 'not clients'
