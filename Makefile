@@ -45,4 +45,4 @@ clean: ## removes what make made, .venv excepted
 	@PYTHON=$(PYTHON) scripts/setup.sh
 
 gen/made: protos/generate.py $(protos) .venv/installed
-	@rm -rf gen && $(bin)/python protos/generate.py gen && touch $@
+	@$(bin)/python protos/generate.py gen && touch $@
