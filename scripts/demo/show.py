@@ -29,17 +29,17 @@ SAMPLERS = ("a", "b")
 HEALTHY_WITHIN_S = 120.0
 PROMPTS = (
     "a red circle left of a small blue square on a white background",
-    "a large yellow star on a black background",
-    "a green triangle above an orange ring on a gray background",
-    "a small pink heart in the top right corner on a blue background",
+    "a large yellow diamond on a black background",
+    "a green triangle above a white ring on a purple background",
+    "a small pink cross in the top right corner on a blue background",
     "a purple diamond and a yellow cross on a white background",
-    "a huge white circle on a purple background",
-    "a black star below a red heart on a yellow background",
-    "an orange square in the bottom left corner on a green background",
-    "a blue ring right of a large pink triangle on a black background",
+    "a huge white circle on a red background",
+    "a black ring below a red triangle on a yellow background",
+    "a blue square in the bottom left corner on a green background",
+    "a yellow ring right of a large pink triangle on a black background",
     "a tiny red cross on a white background",
-    "a big green heart on a pink background",
-    "a white square left of a black circle on an orange background",
+    "a big green square on a pink background",
+    "a white square left of a black circle on a blue background",
 )
 
 
