@@ -88,7 +88,8 @@ class Stack:
     def _start(self, module: str, *arguments: str) -> Process:
         log = self.disk / f"{module}-{len(self.processes)}.log"
         command = [sys.executable, "-m", module, "--arena-dir", str(self.arena_dir), *arguments]
-        environment = os.environ | {"PYTHONPATH": f"{ROOT}/gen:{ROOT}", "OMP_NUM_THREADS": "1"}
+        path = f"{ROOT}/gen:{ROOT}:{os.environ.get('PYTHONPATH', '')}"
+        environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
         with log.open("wb") as file:
             popen = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
         self.processes.append(Process(popen, log))

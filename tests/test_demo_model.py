@@ -50,14 +50,14 @@ def test_the_judge_finds_other_pictures_wrong(examples: list[tuple[str, Image.Im
         ("a blue circle on a white background", "red, not blue"),
         ("a red square on a white background", "circle, not square"),
         ("a red circle on a black background", "white background, not black"),
-        ("a small red circle on a white background", "size 0.195, not small"),
+        ("a small red circle on a white background", "size 0.200, not small"),
         ("a red circle in the top left corner on a white background", "at center, not top left"),
         ("a red circle above a blue circle on a white background", "1 things, not 2"),
     ],
 )
 def test_the_judge_names_each_fault(prompt: str, fault: str | None) -> None:
     """One wrong word in the prompt is one fault, and says what was seen."""
-    circle = draw.Thing("circle", "red", None, 0.5, 0.5, 0.195)
+    circle = draw.Thing("circle", "red", None, 0.5, 0.5, 0.2)
     picture = picture_of(draw.Scene("white", (circle,)))
 
     assert check.faults(picture, prompt) == ([fault] if fault else [])
@@ -76,7 +76,7 @@ def test_training_never_draws_a_held_out_scene() -> None:
 
     assert not any(draw.held_out(scene) for scene in scenes)
     assert {(thing.shape, thing.colour) for scene in scenes for thing in scene.things}.isdisjoint(
-        {("square", "blue"), ("heart", "yellow"), ("circle", "white")}
+        {("square", "purple"), ("circle", "black"), ("ring", "red")}
     )
 
 

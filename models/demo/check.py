@@ -23,11 +23,10 @@ FOLDER = Path(__file__).parent
 STEPS, SIDE = 9, 128  # the settings that the card recommends
 
 # A colour is grey-like below this saturation, told apart by value; else its hue, in degrees, says which it is.
-GREYS = {"black": (0.0, 0.2), "gray": (0.4, 0.68), "white": (0.93, 1.0)}
+GREYS = {"black": (0.0, 0.2), "white": (0.93, 1.0)}
 GREY_SATURATION = 0.12
 HUES = {
     "red": (-14, 12),
-    "orange": (22, 40),
     "yellow": (44, 62),
     "green": (110, 160),
     "blue": (208, 238),
@@ -37,9 +36,8 @@ HUES = {
 
 OUTLINE = 512  # side of the bitmap in which shapes are compared
 SMALLEST_THING = 12  # pixels; fewer are a stray mark, more are a thing
-LIKENESS = 0.9  # intersection over union with the ideal outline, in the thing's own bounding box
-STAR_LIKENESS = 0.8  # a star's points blunt first when it is small
-UNEVENNESS = 14.0  # grey levels of 255: how far the farthest 2 % of a flat area may be from its median
+LIKENESS = 0.8  # intersection over union with the ideal outline, in the thing's own bounding box; blunt tips cost 0.1
+UNEVENNESS = 30.0  # grey levels of 255: how far the farthest 2 % of a flat area may be from its median
 STRAY = 40.0  # grey levels from the background that make a pixel part of something
 
 # Size: half the longest extent, as a fraction of the side, between which each word is true: (alone, sharing).
@@ -47,7 +45,6 @@ SIZES = {"small": ((0.06, 0.146), (0.05, 0.111)), "large": ((0.238, 0.36), (0.16
 SIDE_BAND = 0.42  # a centre below it is left or top, above 1 minus it right or bottom, else in the middle
 
 SYNONYMS = {
-    "grey": "gray",
     "centre": "center",
     "middle": "center",
     "upper": "top",
@@ -60,7 +57,7 @@ SYNONYMS = {
     "big": "large",
     "huge": "large",
 }
-SHAPE_NAMES = ("circle", "square", "triangle", "star", "diamond", "heart", "cross", "ring")
+SHAPE_NAMES = ("circle", "square", "triangle", "diamond", "cross", "ring")
 COLOUR = "(" + "|".join((*GREYS, *HUES)) + ")"
 THING = rf"(?:an? |the )?(?:(small|large) )?(?:{COLOUR} )?({'|'.join(SHAPE_NAMES)})"
 RELATION = r"(?:to the |on the )?(left of|right of|above|below|and|next to|with)"
@@ -143,9 +140,7 @@ def ideal_outlines() -> dict[str, np.ndarray]:
         "circle": _regular(180),
         "square": [(-1, -1), (1, -1), (1, 1), (-1, 1)],
         "triangle": [(0, -1), (1, 1), (-1, 1)],
-        "star": [_polar(1 if i % 2 == 0 else 0.45, 36 * i - 90) for i in range(10)],
         "diamond": [(0, -1), (1, 0), (0, 1), (-1, 0)],
-        "heart": _heart(),
         "cross": list(_CROSS),
     }
     outlines = {name: _fill(points) for name, points in polygons.items()}
@@ -166,15 +161,6 @@ def _polar(radius: float, degrees: float) -> tuple[float, float]:
 
 def _regular(corners: int) -> list[tuple[float, float]]:
     return [_polar(1, 360 * i / corners) for i in range(corners)]
-
-
-def _heart() -> list[tuple[float, float]]:
-    """Return two half circles on the upper sides of a square that stands on its corner."""
-    reach = 0.5 / math.sqrt(2)
-    lobes = ((0.25, range(-45, 136, 5)), (-0.25, range(45, 226, 5)))
-    arcs = [_polar(reach, -degrees) for _, turn in lobes for degrees in turn]
-    middles = [middle for middle, turn in lobes for _ in turn]
-    return [(x + middle, y - 0.75) for (x, y), middle in zip(arcs, middles, strict=True)] + [(0.0, 0.0)]
 
 
 def _fill(points: list[tuple[float, float]], scale: float = 1.0) -> np.ndarray:
@@ -296,7 +282,7 @@ def _thing_faults(things: list[Found], wanted: Request) -> list[str]:
             wrong.append(f"{thing.colour}, not {asked.colour}")
         if thing.shape != asked.shape:
             wrong.append(f"{thing.shape}, not {asked.shape}")
-        elif thing.likeness < (STAR_LIKENESS if asked.shape == "star" else LIKENESS):
+        elif thing.likeness < LIKENESS:
             wrong.append(f"ragged {asked.shape} ({thing.likeness:.2f})")
         if asked.size:
             low, high = SIZES[asked.size][len(things) - 1]

@@ -15,21 +15,19 @@ SIDE = 128  # pixels; lengths in a scene are fractions of it
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (214, 39, 40),
-    "orange": (255, 140, 20),
     "yellow": (250, 215, 40),
     "green": (40, 160, 75),
     "blue": (40, 90, 220),
     "purple": (130, 60, 180),
     "pink": (250, 130, 190),
     "white": (255, 255, 255),
-    "gray": (136, 136, 136),
     "black": (0, 0, 0),
 }
-SHAPES = ("circle", "square", "triangle", "star", "diamond", "heart", "cross", "ring")
+SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
 
 # Half the longest extent. Things that share a picture are smaller, so that two large ones do not touch.
-RADII_ALONE = {"small": 0.11, "medium": 0.195, "large": 0.30}
-RADII_SHARED = {"small": 0.09, "medium": 0.14, "large": 0.20}
+RADII_ALONE = {"small": 0.12, "medium": 0.2, "large": 0.30}
+RADII_SHARED = {"small": 0.10, "medium": 0.15, "large": 0.20}
 
 # place -> (column, row): -1 left or top, 0 the middle, 1 right or bottom.
 PLACES: dict[str, tuple[int, int]] = {
@@ -183,13 +181,13 @@ def caption(scene: Scene, rng: random.Random) -> str:
     if scene.background == "white" and rng.random() < 0.1:
         return text  # white is what an unsaid background means
     phrase = _weighted(BACKGROUND_PHRASES, rng)
-    return text + phrase.format(a=_article(scene.background), c=_spell(scene.background, rng))
+    return text + phrase.format(a=_article(scene.background), c=scene.background)
 
 
 def _name_thing(thing: Thing, rng: random.Random) -> str:
     words = [rng.choice(SIZE_WORDS[thing.size])] if thing.size else []
     if rng.random() > 0.03:
-        words.append(_spell(thing.colour, rng))
+        words.append(thing.colour)
     words.append(thing.shape)
     if rng.random() > 0.1:
         words.insert(0, _article(words[0]))
@@ -203,10 +201,6 @@ def _name_place(place: str | None, rng: random.Random) -> str:
         return f" {rng.choice(SIDE_PHRASES[place])}"
     words = place.replace("top", "upper").replace("bottom", "lower") if rng.random() < 0.15 else place
     return f" {rng.choice(CORNER_PHRASES).format(words)}"
-
-
-def _spell(colour: str, rng: random.Random) -> str:
-    return "grey" if colour == "gray" and rng.random() < 0.3 else colour
 
 
 def _article(word: str) -> str:
@@ -246,7 +240,6 @@ def render(rows: torch.Tensor, side: int = SIDE) -> torch.Tensor:
 
 
 # Signed distances in units of the radius, v pointing down, negative inside; exact where an edge is near.
-# Star and heart are Inigo Quilez's (https://iquilezles.org/articles/distfunctions2d/).
 
 
 def _circle(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -265,27 +258,6 @@ def _diamond(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return 0.6 * (u.abs() / 0.75 + v.abs() - 1)
 
 
-def _star(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    inner = 0.45
-    x, y = u.abs(), -v
-    for kx, ky in ((0.809017, -0.587785), (-0.809017, -0.587785)):
-        fold = 2 * (kx * x + ky * y).clamp(min=0)
-        x, y = x - fold * kx, y - fold * ky
-    x, y = x.abs(), y - 1
-    ex, ey = inner * 0.587785, inner * 0.809017 - 1
-    along = ((x * ex + y * ey) / (ex * ex + ey * ey)).clamp(0, 1)
-    return torch.hypot(x - ex * along, y - ey * along) * torch.sign(y * ex - x * ey)
-
-
-def _heart(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    scale = 0.6036  # half the width of the source's heart, which spans 0 to 1.1036 in height
-    x, y = u.abs() * scale, 0.5518 - v * scale
-    half = 0.5 * (x + y).clamp(min=0)
-    lobe = torch.hypot(x - 0.25, y - 0.75) - 0.353553
-    tip = torch.minimum(torch.hypot(x, y - 1), torch.hypot(x - half, y - half)) * torch.sign(x - y)
-    return torch.where(x + y > 1, lobe, tip) / scale
-
-
 def _cross(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     x, y = u.abs(), v.abs()
     return torch.minimum(torch.maximum(x - 1, y - 0.33), torch.maximum(x - 0.33, y - 1))
@@ -295,7 +267,7 @@ def _ring(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     return (torch.hypot(u, v) - 0.74).abs() - 0.26
 
 
-_DISTANCES = (_circle, _square, _triangle, _star, _diamond, _heart, _cross, _ring)
+_DISTANCES = (_circle, _square, _triangle, _diamond, _cross, _ring)
 
 
 def write_prompts(folder: Path, count: int, seed: int) -> None:

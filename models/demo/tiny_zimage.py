@@ -33,7 +33,7 @@ CHAT_TEMPLATE = "{% for m in messages %}<|im_start|> {{ m['content'] | lower | t
 
 def vocabulary() -> list[str]:
     """Return every word that a caption can hold, in a fixed order."""
-    phrases = [*COLOURS, *SHAPES, "grey", "a an the upper lower", *" ".join(PLACES).split()]
+    phrases = [*COLOURS, *SHAPES, "a an the upper lower", *" ".join(PLACES).split()]
     phrases += [*CORNER_PHRASES, *(text for text, _ in (*BACKGROUND_PHRASES, *LEADS))]
     phrases += itertools.chain(*SIZE_WORDS.values(), *SIDE_PHRASES.values(), *RELATION_PHRASES.values())
     words = itertools.chain.from_iterable(re.findall(r"[a-z]+", re.sub(r"{\w*}", "", phrase)) for phrase in phrases)

@@ -1,6 +1,8 @@
 """Train the demo model from nothing, in a fixed time: autoencoder, then denoiser and text encoder, then decoder.
 
-    python -m models.demo.train --out DIR [--minutes 9]
+    python -m models.demo.train --out DIR [--minutes 9] [--resume FOLDER]
+
+`--resume` goes on with a trained folder: the autoencoder's encoder stays, the denoiser starts at half its rate.
 
 Every picture is drawn by draw.py; held-out scenes (draw.held_out) are never drawn. The budget is wall-clock time, so
 the learning rates follow the time that is left and the result is written whatever the hardware's speed.
@@ -34,7 +36,7 @@ LONGEST = 2 * TEXT_MULTIPLE  # tokens; a caption with strange words in it can ne
 # Shares of the wall-clock budget; what is left after the last is for the figures.
 VAE_UNTIL, FLOW_UNTIL, POLISH_UNTIL = 0.30, 0.86, 0.93
 
-VAE_RATE, FLOW_RATE, POLISH_RATE = 1e-3, 3e-4, 3e-4  # the flow's loss blew up at 1e-3
+VAE_RATE, FLOW_RATE, POLISH_RATE = 1e-3, 4e-4, 3e-4  # the flow's loss blew up at 1e-3
 
 KL_WEIGHT = 1e-4  # against pixels in [-1, 1]; at 1e-3 small stars came out as circles
 LATENT_NOISE = 0.15  # of the latents' deviation, at most: the decoder learns to forgive the denoiser
@@ -179,7 +181,9 @@ def sample_sigmas(batch: int, device: torch.device) -> torch.Tensor:
     return 3 * sigmas / (1 + 2 * sigmas)
 
 
-def train_flow(pipe: ZImagePipeline, scenes: Scenes, latents: torch.Tensor, budget: Budget, batch: int) -> None:
+def train_flow(
+    pipe: ZImagePipeline, scenes: Scenes, latents: torch.Tensor, budget: Budget, batch: int, rate: float
+) -> None:
     """Train transformer and text encoder by flow matching."""
     models = torch.nn.ModuleList([pipe.transformer, pipe.text_encoder]).train()
     if latents.device.type == "cuda":
@@ -199,7 +203,7 @@ def train_flow(pipe: ZImagePipeline, scenes: Scenes, latents: torch.Tensor, budg
     take_short, take_long = steps(TEXT_MULTIPLE, short), steps(LONGEST, long)
     for step, gone in budget.steps(FLOW_UNTIL):
         take_step = take_long if step % 16 == 15 else take_short
-        report("flow", step, take_step(learning_rate(FLOW_RATE, step, gone)), budget)
+        report("flow", step, take_step(learning_rate(rate, step, gone)), budget)
     descent.settle()
     models.eval().requires_grad_(False)
 
@@ -272,10 +276,12 @@ def train(pipe: ZImagePipeline, args: argparse.Namespace, budget: Budget) -> Non
     print(f"{len(scenes.rows)} scenes of {SCENE_FIELDS} numbers at {budget.elapsed():.0f} s", flush=True)
     scenes = Scenes(*(getattr(scenes, field.name).to(args.device) for field in fields(scenes)))
     pipe.to(args.device)
-    train_vae(pipe.vae, scenes, budget, args.vae_batch)
+    if not args.resume:
+        train_vae(pipe.vae, scenes, budget, args.vae_batch)
+    pipe.vae.eval().requires_grad_(False)
     latents = encode_pictures(pipe.vae, scenes.rows)
     print(f"latents {tuple(latents.shape)} at {budget.elapsed():.0f} s", flush=True)
-    train_flow(pipe, scenes, latents, budget, args.batch)
+    train_flow(pipe, scenes, latents, budget, args.batch, FLOW_RATE / 2 if args.resume else FLOW_RATE)
     polish_decoder(pipe, scenes, latents, budget, args.vae_batch)
 
 
@@ -286,10 +292,11 @@ def main() -> None:
         "--out", type=Path, required=True, help="folder to write: model/, figures.json, seen.png, heldout.png"
     )
     parser.add_argument("--minutes", type=float, default=9.0, help="wall-clock budget")
+    parser.add_argument("--resume", type=Path, help="folder of a trained model to go on with")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, default=384)
     parser.add_argument("--vae-batch", type=int, default=96)
-    parser.add_argument("--pool", type=int, default=500_000, help="scenes to draw from")
+    parser.add_argument("--pool", type=int, default=300_000, help="scenes to draw from")
     parser.add_argument("--pictures", type=int, default=200, help="of each kind, for the figures")
     parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count())
     parser.add_argument("--seed", type=int, default=1)
@@ -297,7 +304,7 @@ def main() -> None:
     budget = Budget(args.minutes)
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
-    pipe = make_pipeline()
+    pipe = ZImagePipeline.from_pretrained(args.resume, dtype=torch.float32) if args.resume else make_pipeline()
     train(pipe, args, budget)
     pipe.to("cpu", torch.bfloat16).save_pretrained(args.out / "model")
     print(f"saved at {budget.elapsed():.0f} s", flush=True)
