@@ -71,7 +71,13 @@ class Children:
 
     def _failure(self, name: str, process: subprocess.Popen[bytes]) -> ChildError:
         lines = self.log(name).read_text(errors="replace").splitlines()
-        return ChildError("\n".join([f"{name} ended with {process.returncode}; its last lines:", *lines[-15:]]))
+        report = [f"{name} ended with {process.returncode}; its last lines:", *lines[-15:]]
+        for other, _ in self._started:
+            errors = [
+                line for line in self.log(other).read_text(errors="replace").splitlines() if "level=error" in line
+            ]
+            report += [f"{other}: {line}" for line in errors[-1:]]
+        return ChildError("\n".join(report))
 
     def _end(self, process: subprocess.Popen[bytes]) -> None:
         """SIGTERM, then SIGKILL if it takes too long or somebody asks twice."""
