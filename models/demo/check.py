@@ -41,7 +41,7 @@ UNEVENNESS = 30.0  # grey levels of 255: how far the farthest 2 % of a flat area
 STRAY = 40.0  # grey levels from the background that make a pixel part of something
 
 # Size: half the longest extent, as a fraction of the side, between which each word is true: (alone, sharing).
-SIZES = {"small": ((0.06, 0.146), (0.05, 0.111)), "large": ((0.238, 0.36), (0.164, 0.26))}
+SIZES = {"small": ((0.06, 0.155), (0.05, 0.122)), "large": ((0.245, 0.36), (0.173, 0.26))}
 SIDE_BAND = 0.42  # a centre below it is left or top, above 1 minus it right or bottom, else in the middle
 
 SYNONYMS = {
