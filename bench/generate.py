@@ -112,7 +112,7 @@ def main() -> None:
         loader = stack.loader("--eager-load", extent_bytes="64MiB")
         sampler = stack.sampler("--device", "cuda", "--max-vram", options.max_vram, gate_limit=512 << 20)
         rows["first picture after start of loader and sampler: s"] = 0.0
-        first, _, _ = served(sampler.addresses[0], 1, 1)
+        served(sampler.addresses[0], 1, 1)
         rows["first picture after start of loader and sampler: s"] = time.perf_counter() - start
         served(sampler.addresses[0], 1, 2)
         two, two_s, finished = served(sampler.addresses[0], 1, 2)

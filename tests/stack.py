@@ -77,9 +77,10 @@ class Stack:
     def sampler(self, *flags: str, gate_limit: int = 8192) -> Process:
         """A sampler on a Unix socket (addresses[0]) and a TCP port (addresses[1])."""
         socket = f"unix:{self.memory}/sampler{len(self.processes)}.sock"
+        device = () if "--device" in flags else ("--device", "cpu")
         process = self._start(
             "services.sampler", "--loader", self.loader_address, "--listen", socket, "--listen", "127.0.0.1:0",
-            "--gate-limit", str(gate_limit), "--grace", "5", *(flags if "--device" in flags else ("--device", "cpu", *flags)),
+            "--gate-limit", str(gate_limit), "--grace", "5", *device, *flags,
         )  # fmt: skip
         log = process.wait_for("loader connected")
         process.addresses = re.findall(r"'([^']*)'", log.split("addresses=")[1].split("]")[0])

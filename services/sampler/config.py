@@ -50,7 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--loader", required=True, metavar="ADDRESS", help="the loader's unix:/path")
     add("--listen", required=True, action="append", metavar="ADDRESS", help="unix:/path or host:port; may be repeated")
-    add("--arena-dir", type=Path, default=Path("/dev/shm/headwater"), help="the loader's folder (default: %(default)s)")
+    add("--arena-dir", type=Path, default=Path("/dev/shm/headwater"), 
+        help="the loader's folder (default: %(default)s)")  # fmt: skip
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     add("--max-vram", type=float, dest="max_vram_gib", default=-1.0, metavar="GIB",
         help="VRAM budget; negative: what is free less that; 0: all that is free (default: %(default)s)")  # fmt: skip

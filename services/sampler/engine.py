@@ -45,7 +45,7 @@ class Track:
             self.cycles = True
 
     def after(self, gate: Gate) -> Iterator[Gate]:
-        """The gates that will be needed after `gate`, nearest first; the next forward's too if there tends to be one."""
+        """The gates that will be needed after `gate`, nearest first; then the next forward's, if one follows."""
         at = self.place[gate] + 1
         yield from self.learnt[at:]
         if self.cycles:

@@ -45,6 +45,8 @@ class Library:
         self._attaching: dict[str, asyncio.Task[AttachedModel]] = {}
         self._fills: dict[str, asyncio.Task[None]] = {}
         self._uses: dict[AttachedModel, int] = {}
+        self._leaving: set[AttachedModel] = set()  # to be detached when nobody uses them
+        self._detaching: set[asyncio.Task[None]] = set()
 
     # ---- what there is
 
@@ -100,6 +102,9 @@ class Library:
         self._uses[model] -= 1
         if not self._uses[model]:
             del self._uses[model]
+            if model in self._leaving:
+                self._leaving.discard(model)
+                self._detaching.add(asyncio.create_task(self.on_baton(model.detach)))
 
     async def attach(self, name: str) -> AttachedModel:
         """The model, attached if it was not; many callers share one attaching."""
@@ -122,7 +127,7 @@ class Library:
         """Detach everything. Riders must have ended."""
         for task in [*self._fills.values(), *self._attaching.values()]:
             task.cancel()
-        await asyncio.gather(*self._fills.values(), *self._attaching.values(), return_exceptions=True)
+        await asyncio.gather(*self._fills.values(), *self._attaching.values(), *self._detaching, return_exceptions=True)
         for model in self.attached.values():
             await self.on_baton(model.detach)
         self.attached.clear()
@@ -194,9 +199,10 @@ class Library:
         """Fail who waits for bytes that will not come, and let the model go when nobody uses it."""
         self.attached.pop(model.name, None)
         self._engine.fail(model.gates, error)
-        while model in self._uses:
-            await asyncio.sleep(RETRY_S)
-        await self.on_baton(model.detach)
+        if model in self._uses:
+            self._leaving.add(model)
+        else:
+            await self.on_baton(model.detach)
 
     async def on_baton(self, work: Callable[[], T]) -> T:
         """Run `work` under the engine's baton, in a thread of its own, between other riders' gates."""

@@ -119,7 +119,7 @@ class AttachedModel:
         """After a request: shared modules are as before, or are made so."""
         changed = self._guard.mend()
         if changed:
-            log.warning("a pipeline changed shared modules, they were restored", model=self.name, modules=changed[:5])
+            log.warning("a pipeline changed shared modules; restored", model=self.name, modules=changed[:5])
 
     def detach(self) -> None:
         """Let go of device memory and arenas. No rider may be under way on this model."""
@@ -142,7 +142,7 @@ class AttachedModel:
         return [gate for gate in self.gates if gate.component == component]
 
     def fill_order(self) -> list[tuple[str, list[int]]]:
-        """(component, extents) in the order in which a first request needs them: pinned, encoders, denoiser, decoder."""
+        """(component, extents) in the order of a first request: what is pinned, encoders, denoiser, decoder."""
 
         def rank(gate: Gate) -> int:
             return 0 if gate.pinned else 3 if gate.component in self.units else 1 if is_encoder(gate.component) else 2

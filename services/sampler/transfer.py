@@ -1,4 +1,4 @@
-"""How params get from the arena to where the arithmetic is. The only file with CUDA streams, events and registration.
+"""How params get from the arena to where the arithmetic is. The only file with CUDA streams and events.
 
 `ArenaViews` serves a CPU: params are views of the arena, nothing moves. `Ring` serves a device with memory of its own:
 gates are copied into a ring of slots one or two ahead of the sweep, what the residency plan says stays.
@@ -6,23 +6,18 @@ gates are copied into a ring of slots one or two ahead of the sweep, what the re
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
-import structlog
 import torch
 
 from services.errors import DeviceMemoryFull
 from services.params.arena import AttachedArena
 from services.sampler.gates import BoundParam, Gate, absent, arena_bytes
+from services.sampler.registration import Registrar
 from services.sampler.residency import plan_residents
-
-READ_ONLY = 0x08  # cudaHostRegisterReadOnly
-
-log = structlog.get_logger()
 
 
 class Transfer(Protocol):
@@ -324,71 +319,6 @@ def within_extents(arena: AttachedArena, offset: int, size_bytes: int) -> Iterat
         start, stop = max(offset, extent.offset), min(end, extent.offset + extent.size_bytes)
         if start < stop:
             yield start, stop - start
-
-
-class Registrar:
-    """Page-locks READY extents in the background, so that copies run at the bus's speed and beside the compute.
-
-    A copy from an extent that is not registered yet is right too, only slower.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.way = "registered memory"
-        self._device = device
-        self._mutex = threading.Lock()
-        self._todo: dict[AttachedArena, tuple[torch.Tensor, list[int]]] = {}
-        self._done: dict[AttachedArena, list[int]] = {}
-        self._more = threading.Event()
-        threading.Thread(target=self._run, name="registrar", daemon=True).start()
-
-    def add(self, arena: AttachedArena, source: torch.Tensor) -> None:
-        with self._mutex:
-            if arena not in self._todo and arena not in self._done:
-                self._todo[arena] = (source, list(range(len(arena.extents))))
-                self._done[arena] = []
-        self._more.set()
-
-    def remove(self, arena: AttachedArena) -> None:
-        """Unregister; the caller has seen to it that no copy is under way."""
-        with self._mutex:
-            self._todo.pop(arena, None)
-            cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-            for pointer in self._done.pop(arena, []):
-                cudart.cudaHostUnregister(pointer)
-
-    def _run(self) -> None:
-        torch.cuda.set_device(self._device)
-        while self._more.wait():
-            self._more.clear()
-            while self._todo:
-                if not self._one():
-                    self._more.wait(0.05)  # what is left is not READY yet
-
-    def _one(self) -> bool:
-        """Register one READY extent; False if there is none."""
-        with self._mutex:
-            for arena, (source, extents) in list(self._todo.items()):
-                ready = next((e for e in extents if arena.is_ready(e)), None)
-                if ready is None:
-                    continue
-                extents.remove(ready)
-                if not extents:
-                    del self._todo[arena]
-                self._register(arena, source, ready)
-                return True
-        return False
-
-    def _register(self, arena: AttachedArena, source: torch.Tensor, number: int) -> None:
-        extent = arena.extents[number]
-        pointer = source.data_ptr() + extent.offset
-        cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        status = int(cudart.cudaHostRegister(pointer, extent.size_bytes, READ_ONLY))
-        if status:
-            self.way = "pageable memory"
-            self._todo.clear()
-            log.warning("page-locking refused, copies stay pageable", cuda_error=status)
-        else:
-            self._done[arena].append(pointer)
 
 
 def new_stream(device: torch.device) -> torch.cuda.Stream:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from contextlib import ExitStack
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,64 +10,29 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from services.params.arena import attach
-from services.sampler.binding import build_pipeline
 from services.sampler.drawing import Drawing
-from services.sampler.engine import Engine
 from services.sampler.model import AttachedModel
 from services.sampler.requests import ImageRequest
-from services.sampler.riders import Rider
-from services.sampler.traits import traits_of
 from services.sampler.transfer import Ring
+from tests.sampler.inprocess import attached, under_baton
 from tests.sampler.support import pixels, plain_picture
 from tests.stack import Stack
 
 REQUEST = ImageRequest("z_image", "a red fox", "r", width_px=64, height_px=64, step_count=3, seed=5, count=1)
 
 
-def under_baton(engine: Engine, work: Callable[[Rider], object]) -> object:
-    """Run `work` as a rider and return its value."""
-    done: Future[None] = Future()
-    rider = Rider(work, lambda rider: done.set_result(None))
-    engine.ride(rider)
-    done.result(60)
-    if rider.error is not None:
-        raise rider.error
-    return rider.result
-
-
 @pytest.fixture(params=[True, False], ids=["poisoned slots", "unbound params"])
 def model(request: pytest.FixtureRequest, stack: Stack) -> Iterator[AttachedModel]:
     """Z-Image in this process, streamed through a ring of slots on the CPU."""
-    import asyncio
-
-    from services.rpc.loader_client import LoaderClient
-
-    async def prepared() -> object:
-        async with LoaderClient(stack.loader_address) as client:
-            return [news async for news in client.prepare("z_image")][-1].model
-
-    known = asyncio.run(prepared())
-    engine = Engine(Ring(torch.device("cpu"), 1 << 40, keep_residents=False, poison=request.param))
-    with ExitStack() as leases:
-        arenas = {
-            c.name: leases.enter_context(attach(stack.arena_dir / c.arena, c.generation)) for c in known.components
-        }
-        config = stack.arena_dir / known.config
-
-        def build(rider: Rider) -> AttachedModel:
-            pipeline, components = build_pipeline(config, arenas)
-            return AttachedModel("z_image", pipeline, components, engine, traits_of(pipeline, config), 8192)
-
-        built = under_baton(engine, build)
-        assert isinstance(built, AttachedModel)
-        yield built
+    ring = Ring(torch.device("cpu"), 1 << 40, keep_residents=False, poison=request.param)
+    with attached(stack, "z_image", ring) as model:
+        yield model
 
 
 def draw(model: AttachedModel) -> NDArray[np.uint8]:
     resolved = model.traits.resolve(REQUEST)
     drawing = Drawing(model, resolved, 0, lambda progress: None, lambda step, image: None)
-    picture = under_baton(model.engine, lambda rider: drawing.draw())
+    picture = under_baton(model.engine, drawing.draw)
     return pixels(picture)
 
 
