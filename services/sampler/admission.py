@@ -68,12 +68,12 @@ class Seat:
         """Yield (requests ahead, estimated seconds or None) whenever that changes, and end when seated."""
         position = -1
         while self._since is None:
+            self._moved.clear()  # before looking: what happens while the caller handles a position must wake us
             ahead = [s for s in self._admission._queue[: self._admission._queue.index(self)] if not s.further]
             if len(ahead) != position:
                 position = len(ahead)
                 estimate = self._admission._estimate_s(position) if self._admission._ride_s else None
                 yield position, estimate
-            self._moved.clear()
             await self._moved.wait()
 
     def leave(self) -> None:

@@ -85,3 +85,17 @@ def test_leaving_twice_frees_one_seat() -> None:
         assert admission.riding_count == 0
 
     asyncio.run(story())
+
+
+def test_a_seat_freed_while_the_position_is_told() -> None:
+    """A request whose turn comes while its caller still handles the last position is seated, not forgotten."""
+
+    async def story() -> None:
+        admission = Admission(rider_limit=1, queue_limit=8)
+        first, second = admission.seat(), admission.seat()
+        async with asyncio.timeout(5):
+            async for position, _ in second.wait():
+                assert position == 0
+                first.leave()
+
+    asyncio.run(story())
