@@ -26,7 +26,7 @@ from services.sampler.model import AttachedModel
 from services.sampler.requests import ImageRequest
 from services.sampler.transfer import Ring
 from tests.sampler.inprocess import attached, under_baton
-from tests.stack import running
+from tests.stack import Stack, running
 from tests.tiny_models import ARCHITECTURES, CALLS, write_folder
 
 DEVICE = torch.device("cuda", 0)
@@ -78,16 +78,19 @@ def compare(name: str, dtype: torch.dtype, disk: Path) -> None:
         stack.loader("--eager-load")
         for output in ("latent", "pt"):
             print(f"{name} {dtype} {output}")
-            reference = plain(pipeline, name, output)
-            say("plain again", plain(pipeline, name, output), reference)
-            say("plain, other thread", elsewhere(lambda: plain(pipeline, name, output)), reference)
-            with torch.inference_mode():
-                say("plain, inference mode", plain(pipeline, name, output), reference)
-            for keep in (True, False):
-                ring = Ring(DEVICE, 8 << 30, keep_residents=keep)
-                with attached(stack, name, ring) as model:
-                    drawn = under_baton(model.engine, functools.partial(draw, model, name, output))
-                    say(f"engine, {'resident' if keep else 'streamed'}", drawn, reference)
+            compare_output(stack, pipeline, name, output)
+
+
+def compare_output(stack: Stack, pipeline: Any, name: str, output: str) -> None:
+    reference = plain(pipeline, name, output)
+    say("plain again", plain(pipeline, name, output), reference)
+    say("plain, other thread", elsewhere(lambda: plain(pipeline, name, output)), reference)
+    with torch.inference_mode():
+        say("plain, inference mode", plain(pipeline, name, output), reference)
+    for keep in (True, False):
+        with attached(stack, name, Ring(DEVICE, 8 << 30, keep_residents=keep)) as model:
+            drawn = under_baton(model.engine, functools.partial(draw, model, name, output))
+            say(f"engine, {'resident' if keep else 'streamed'}", drawn, reference)
 
 
 def main() -> None:

@@ -50,13 +50,13 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--loader", required=True, metavar="ADDRESS", help="the loader's unix:/path")
     add("--listen", required=True, action="append", metavar="ADDRESS", help="unix:/path or host:port; may be repeated")
-    add("--arena-dir", type=Path, default=Path("/dev/shm/headwater"), 
+    add("--arena-dir", type=Path, default=Path("/dev/shm/headwater"),
         help="the loader's folder (default: %(default)s)")  # fmt: skip
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     add("--max-vram", type=float, dest="max_vram_gib", default=-1.0, metavar="GIB",
         help="VRAM budget; negative: what is free less that; 0: all that is free (default: %(default)s)")  # fmt: skip
     add("--stream-layers", action=argparse.BooleanOptionalAction, default=True,
-        help="keep as many gates on the device as the budget holds and stream the rest; without: keep none")  # fmt: skip
+        help="keep what the budget holds on the device and stream the rest; without: keep nothing")  # fmt: skip
     add("--work-reserve", type=float, dest="work_reserve_gib", default=2.0, metavar="GIB",
         help="part of the budget for activations (default: %(default)s)")  # fmt: skip
     add("--gate-limit", type=_positive, dest="gate_limit_bytes", default=512 << 20, metavar="BYTES",

@@ -127,6 +127,10 @@ class Engine:
         if self._open is gate and gate not in self._standing:
             self._close()
 
+    def settle(self) -> None:
+        """Close the open gate, whoever stands there: what the transfer holds is about to be planned anew."""
+        self._close()
+
     # ---- the baton
 
     def _run(self, rider: Rider) -> None:

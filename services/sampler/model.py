@@ -52,6 +52,7 @@ class AttachedModel:
         for component in components:
             self._gate_component(component, gate_limit)
         self._view_class = view_class(type(pipeline), engine.transfer.device)
+        engine.settle()
         engine.transfer.attach(self.gates)
         for component in components:
             self._move_rest(component)
@@ -123,6 +124,7 @@ class AttachedModel:
 
     def detach(self) -> None:
         """Let go of device memory and arenas. No rider may be under way on this model."""
+        self.engine.settle()
         self.engine.forget(self.gates)
         self.engine.transfer.detach(self.gates)
         for component in self.components:

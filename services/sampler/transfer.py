@@ -142,7 +142,7 @@ class Ring:
             torch.cuda.set_device(self.device)
 
     def attach(self, gates: Iterable[Gate]) -> None:
-        """Take a model's gates on: size the ring, plan who stays, unbind params. No rider may be under way."""
+        """Take a model's gates on: size the ring, plan who stays, unbind params. No gate may be open."""
         self._gates += [g for g in gates if not g.host]
         self._replan()
         for gate in gates:
@@ -155,7 +155,7 @@ class Ring:
                 self.way = self._registrar.way
 
     def detach(self, gates: Iterable[Gate]) -> None:
-        """Let a model's gates go. No rider may be under way on them."""
+        """Let a model's gates go. No gate may be open, and no rider may need them any more."""
         gone = set(gates)
         if self._copies is not None:
             torch.cuda.synchronize(self.device)
@@ -187,6 +187,8 @@ class Ring:
         else:
             stay = plan_residents(streamed, room - ring) if self._keep_residents else set()
         wanted = stay | set(pinned)
+        for gate in self._residents.keys() - wanted:
+            self._unbind(gate)
         self._residents = {g: self._residents.get(g) for g in self._gates if g in wanted}
         size = ring // self._slot_count
         if not self._slots or self._slots[0].memory.numel() != size:
