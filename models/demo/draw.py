@@ -104,7 +104,7 @@ class Scene:
 def held_out(scene: Scene) -> bool:
     """Say whether training must never see this scene.
 
-    Held out are one colour for each shape (a blue square, a yellow heart, ...), and an eighth of the ordered
+    Held out are one colour for each shape (a blue square, a yellow heart, ...), and a sixth of the ordered
     pairs of shapes side by side or one above the other, however a caption would put it.
     """
     return any(_unseen_colour(thing) for thing in scene.things) or _unseen_pair(scene.things)
