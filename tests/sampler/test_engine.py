@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -33,6 +34,10 @@ class Lane(ArenaViews):
     def __init__(self) -> None:
         self.opened: list[str] = []
         self.broken: set[str] = set()
+        self.on_leave: Callable[[], object] = lambda: None
+
+    def leave(self, gate: Gate) -> None:
+        self.on_leave()
 
     def enter(self, gate: Gate) -> None:
         if gate.name in self.broken:
@@ -194,6 +199,41 @@ def test_order_is_learnt_from_the_first_forward(road: Road) -> None:
 
     assert [g.name for g in track.learnt] == ["0", "1", "2", "3"]
     assert [g.name for g in track.after(road.gates[2])] == ["3", "0", "1", "2"]
+
+
+def test_a_sweep_starts_where_most_can_join(road: Road) -> None:
+    """Of two riders that can go on, the one further back goes first, and they share the rest of the sweep."""
+    road.gates[2].ready = False
+    waits = threading.Event()
+    _, first = road.drive(on_gate=lambda gate, waiting: waits.set() if waiting else None)
+    assert waits.wait(20)
+    release, held = hold(road)
+    _, second = road.drive()
+    road.gates[2].ready = True
+    release.set()
+    for done in (held, first, second):
+        done.result(20)
+
+    assert road.lane.opened == ["0", "1", "0", "1", "2", "3"]
+
+
+def test_news_that_comes_as_the_baton_is_laid_down(road: Road) -> None:
+    """A rider that comes while the last one closes its gate is not forgotten."""
+    came: list[Future[None]] = []
+
+    def come() -> None:
+        if not came:
+            came.append(road.drive()[1])
+            deadline = time.monotonic() + 10
+            while not road.engine._news and time.monotonic() < deadline:
+                time.sleep(0.001)
+
+    del road.gates[1:]  # one gate: it is closed when the rider has ended
+    road.lane.on_leave = come
+    road.drive()[1].result(20)
+
+    assert came
+    came[0].result(20)
 
 
 def test_model_code_outside_a_rider_is_refused(road: Road) -> None:

@@ -46,15 +46,16 @@ def test_clean_model_draws_right(model: AttachedModel, tiny_folders: dict[str, P
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
-def test_planted_read_is_caught(model: AttachedModel, tiny_folders: dict[str, Path]) -> None:
-    """A layer that reads its neighbour's weight, a read that no gate covers, ruins the picture."""
+@pytest.mark.parametrize(("reader", "owner"), [(0, 3), (3, 0)], ids=["before its gate", "after its gate"])
+def test_planted_read_is_caught(model: AttachedModel, tiny_folders: dict[str, Path], reader: int, owner: int) -> None:
+    """A layer that reads another's weight, a read that no gate covers, ruins the picture."""
     layers = model.pipeline.transformer.layers
-    stolen = layers[3].attention.to_q.weight
+    stolen = layers[owner].attention.to_q.weight
 
     def plant(module: object, args: object, output: torch.Tensor) -> torch.Tensor:
         return output + 0.0 * stolen.sum()
 
-    layers[0].register_forward_hook(plant)
+    layers[reader].register_forward_hook(plant)
     picture = draw(model)
 
     assert not np.array_equal(picture, reference(tiny_folders))

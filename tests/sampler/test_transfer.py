@@ -1,0 +1,129 @@
+"""The ring of slots, on a CPU: whatever the order of gates, an open gate's params are its own."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from services.errors import DeviceMemoryFull
+from services.params.layout import Extent
+from services.sampler.gates import BoundParam, Gate
+from services.sampler.transfer import Ring, within_extents
+
+GATES, WEIGHTS = 8, 256
+
+
+class Memory:
+    """An arena that is all there: extents of 4 KiB, numbers that tell the gates apart."""
+
+    def __init__(self) -> None:
+        numbers = torch.arange(GATES * WEIGHTS, dtype=torch.float32)
+        self.data = memoryview(bytearray(numbers.numpy().tobytes()))
+        self.extents = tuple(Extent(start, 4096) for start in range(0, len(self.data), 4096))
+
+    def is_ready(self, extent: int) -> bool:
+        return True
+
+
+@pytest.fixture
+def gates() -> list[Gate]:
+    memory: Any = Memory()
+    flat = torch.frombuffer(memory.data, dtype=torch.float32)
+    found = []
+    for n in range(GATES):
+        view = flat[n * WEIGHTS : (n + 1) * WEIGHTS].view(16, 16)
+        param = nn.Parameter(view, requires_grad=False)
+        bound = BoundParam(param, n * WEIGHTS * 4, WEIGHTS * 4, view)
+        found.append(Gate("c", str(n), nn.Identity(), memory, (bound,)))
+    return found
+
+
+def holds_its_own(gate: Gate) -> bool:
+    number = int(gate.name)
+    return bool(torch.equal(gate.params[0].tensor.flatten(), torch.arange(number * 256, number * 256 + 256.0)))
+
+
+def ring(gates: list[Gate], budget_bytes: int = 1 << 20, **options: Any) -> Ring:
+    made = Ring(torch.device("cpu"), budget_bytes, **options)
+    made.attach(gates)
+    return made
+
+
+def following(gates: list[Gate], gate: Gate) -> Iterator[Gate]:
+    at = int(gate.name)
+    yield from [*gates[at + 1 :], *gates[: at + 1]]
+
+
+@pytest.mark.parametrize("poison", [True, False])
+@pytest.mark.parametrize("slot_count", [2, 3, 4])
+def test_any_order_of_gates(gates: list[Gate], slot_count: int, poison: bool) -> None:
+    """Sweeps, jumps and repeats: an open gate holds its own bytes after its prefetches, a left one holds NaN."""
+    made = ring(gates, keep_residents=False, slot_count=slot_count, poison=poison)
+    rng = random.Random(slot_count)
+    for step in range(300):
+        gate = gates[step % GATES] if step < 40 else rng.choice(gates)
+        made.enter(gate)
+        made.prefetch(gate, following(gates, gate))
+        assert holds_its_own(gate)
+        made.leave(gate)
+        assert gate.params[0].tensor.isnan().all()
+
+
+def test_a_hit_is_not_overwritten_by_its_own_prefetch(gates: list[Gate]) -> None:
+    """A gate that is still in its slot when it is opened again keeps it while others are brought."""
+    made = ring(gates, keep_residents=False)
+    made.enter(gates[0])
+    made.prefetch(gates[0], iter(gates[1:3]))
+    made.leave(gates[0])
+    made.enter(gates[0])
+    made.prefetch(gates[0], iter(gates[3:5]))
+
+    assert holds_its_own(gates[0])
+
+
+def test_a_sweep_copies_every_byte_once(gates: list[Gate]) -> None:
+    """Prefetched gates are found, not copied again; residents are copied once for all sweeps."""
+    streaming = ring(gates, keep_residents=False)
+    resident = ring(gates)
+    for made in (streaming, resident):
+        for _ in range(5):
+            for gate in gates:
+                made.enter(gate)
+                made.prefetch(gate, following(gates, gate))
+                made.leave(gate)
+
+    sweep = GATES * WEIGHTS * 4
+    assert 5 * sweep <= streaming.streamed_bytes <= 5 * sweep + 2 * WEIGHTS * 4  # two ahead of the last
+    assert resident.streamed_bytes == sweep
+    assert [resident.streamed_bytes_of(g) for g in gates] == [0] * GATES
+
+
+def test_the_budget_decides_who_stays(gates: list[Gate]) -> None:
+    """What three slots leave of the budget is for residents; too little for the slots is refused with numbers."""
+    made = ring(gates, budget_bytes=6 * WEIGHTS * 4)
+    assert sum(made.resident_bytes_of(g) for g in gates) == 3 * WEIGHTS * 4
+    with pytest.raises(DeviceMemoryFull, match="raise --max-vram"):
+        ring(gates, budget_bytes=2 * WEIGHTS * 4)
+
+
+def test_detached_gates_leave_nothing(gates: list[Gate]) -> None:
+    """Half of the gates go; the others still find their bytes."""
+    made = ring(gates, keep_residents=False)
+    made.detach(gates[:4])
+    for gate in gates[4:]:
+        made.enter(gate)
+        assert holds_its_own(gate)
+        made.leave(gate)
+
+
+def test_copies_end_where_extents_end(gates: list[Gate]) -> None:
+    """A range over two extents is two copies that together are the range."""
+    parts = list(within_extents(gates[0].arena, 4000, 4000))
+
+    assert parts == [(4000, 96), (4096, 3904)]
+    assert list(within_extents(gates[0].arena, 0, 8192)) == [(0, 4096), (4096, 4096)]
