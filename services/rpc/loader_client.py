@@ -1,6 +1,6 @@
 """The loader as its callers see it: typed calls, and exceptions of services/errors.py instead of statuses."""
 
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
@@ -47,7 +47,9 @@ class LoaderClient:
         with self._errors():
             return (await self._stub.GetModel(loader_pb2.GetModelRequest(model=name))).model
 
-    async def prepare(self, name: str, order: Iterable[tuple[str, Sequence[int]]] = ()) -> AsyncIterator[PrepareNews]:
+    async def prepare(
+        self, name: str, order: Iterable[tuple[str, Sequence[int]]] = ()
+    ) -> AsyncGenerator[PrepareNews, None]:
         """Messages of a fill until `done`; `order` is (component, extents). Raises what PrepareParams answers."""
         selections = [loader_pb2.ExtentSelection(component=c, extents=extents) for c, extents in order]
         call = self._stub.PrepareParams(loader_pb2.PrepareParamsRequest(model=name, order=selections))
@@ -62,7 +64,7 @@ class LoaderClient:
 
     async def watch(
         self, replica: str = "", models: Iterable[str] = ()
-    ) -> AsyncIterator[loader_pb2.WatchResidencyResponse]:
+    ) -> AsyncGenerator[loader_pb2.WatchResidencyResponse, None]:
         """States of models now, then changes, until the caller leaves or the loader stops."""
         call = self._stub.WatchResidency(loader_pb2.WatchResidencyRequest(replica=replica, models=models))
         with self._errors(), _cancelling(call):

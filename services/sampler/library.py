@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -72,11 +72,12 @@ class Library:
         """Say to the loader who is here, for ever, and to `on_change` whether it answers."""
         while True:
             with suppress(HeadwaterError):
-                async for _ in self._loader.watch(self._replica):
-                    if not self.loader_connected:
-                        self.loader_connected = True
-                        log.info("loader connected")
-                        on_change(True)
+                async with aclosing(self._loader.watch(self._replica)) as states:
+                    async for _ in states:
+                        if not self.loader_connected:
+                            self.loader_connected = True
+                            log.info("loader connected")
+                            on_change(True)
             if self.loader_connected:
                 self.loader_connected = False
                 log.warning("loader gone; attached models are served on", models=sorted(self.attached))
@@ -120,8 +121,9 @@ class Library:
     async def prepare(self, name: str) -> AsyncGenerator[PrepareNews, None]:
         """Attach, then the loader's news until all params are READY."""
         model = await self.attach(name)
-        async for news in self._loader.prepare(model.name, model.fill_order()):
-            yield news
+        async with aclosing(self._loader.prepare(model.name, model.fill_order())) as fill:
+            async for news in fill:
+                yield news
 
     async def close(self) -> None:
         """Detach everything. Riders must have ended."""
@@ -150,8 +152,9 @@ class Library:
 
     async def _reserved(self, name: str) -> LoaderModel:
         """The model with its arenas, as soon as the loader has reserved their memory."""
-        async for news in self._loader.prepare(name):
-            return news.model
+        async with aclosing(self._loader.prepare(name)) as fill:
+            async for news in fill:
+                return news.model
         raise LoaderGone("the loader ended the call without a word")
 
     async def _build(self, name: str, config: Path, arenas: dict[str, AttachedArena]) -> AttachedModel:
@@ -173,9 +176,10 @@ class Library:
         """Ask for the model's extents in the order of need and wake riders as they come, until all are READY."""
         while model.ready_bytes < model.size_bytes:
             try:
-                async for news in self._loader.prepare(model.name, model.fill_order()):
-                    self._check_same(model, news)
-                    await asyncio.to_thread(self._engine.wake)
+                async with aclosing(self._loader.prepare(model.name, model.fill_order())) as fill:
+                    async for news in fill:
+                        self._check_same(model, news)
+                        await asyncio.to_thread(self._engine.wake)
             except LoaderGone as error:
                 if model.name not in self.attached:
                     return

@@ -25,6 +25,7 @@ COMMON = ("model", "prompt", "width_px", "height_px", "step_count", "seed", "cou
 # A folder's own defaults, written by whoever publishes the model.
 DEFAULTS_FILE = "headwater.json"
 MIN_EDGE_PX, MAX_EDGE_PX = 16, 8192
+MAX_AREA_PX = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,8 @@ class Traits:
             if size % self.size_multiple_px:
                 near = max(1, round(size / self.size_multiple_px)) * self.size_multiple_px
                 wrong.append((field, f"must be a multiple of {self.size_multiple_px}, e.g. {near}, not {size}"))
+        if filled.width_px * filled.height_px > MAX_AREA_PX:
+            wrong.append(("width_px", f"width_px times height_px must be at most {MAX_AREA_PX}"))
         if filled.preview_every > filled.step_count:
             wrong.append(("preview.every_step_count", f"must be at most step_count, {filled.step_count}"))
         if wrong:
@@ -89,7 +92,8 @@ def traits_of(pipeline: Any, config: Path) -> Traits:
     """Traits of a pipeline, defaults of its folder included. Raises UnsupportedModel, BadCheckpoint."""
     parameters = inspect.signature(type(pipeline).__call__).parameters
     needed = {"prompt", "width", "height", "num_inference_steps", "generator", "output_type"}
-    if "image" in parameters or not needed <= parameters.keys() or not hasattr(pipeline, "scheduler"):
+    parts = all(hasattr(pipeline, part) for part in ("scheduler", "vae", "image_processor"))
+    if "image" in parameters or not needed <= parameters.keys() or not parts:
         raise UnsupportedModel(
             f"{type(pipeline).__name__} is no text-to-image pipeline, which is what is served so far"
         )

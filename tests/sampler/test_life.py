@@ -11,13 +11,17 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import psutil
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from headwater_client import (
     Client,
     DeadlineExceeded,
     DuplicateRequest,
     HeadwaterError,
+    MemoryFull,
     Phase,
     Preview,
     Progress,
@@ -346,6 +350,46 @@ def test_broken_model_is_one_clear_error(tiny_folders: dict[str, Path], tmp_path
             assert refused.value.code == "FAILED_PRECONDITION", refused.value
             assert not re.search(r"(^|[^\w.])/", refused.value.message), refused.value  # files of the model only
         assert draw(address)
+
+
+def test_a_model_that_does_not_fit_is_refused(own: Stack) -> None:
+    """Too little host memory is RESOURCE_EXHAUSTED with numbers; nothing stays reserved, and the sampler serves on."""
+    own.loader("--host-budget", "1500KiB")
+    address = own.sampler().addresses[0]
+    with Client(address) as client:
+        with pytest.raises(MemoryFull, match="MiB"):
+            client.generate("a red fox", model="tiny")
+        left = [f.name for f in own.arena_dir.iterdir() if f.is_file() and f.name != "loader.lock"]
+        small = client.generate("a red fox", model="flux", width=64, height=64, steps=2)
+
+    assert left == []
+    assert small.images
+
+
+def test_a_sampler_may_start_before_the_loader(own: Stack) -> None:
+    """Without a loader it is NOT_SERVING and says why; once there is one it serves, with nothing restarted."""
+    sampler = own.sampler(until="event=serving")
+    with grpc.insecure_channel(sampler.addresses[1]) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        ask = health_pb2.HealthCheckRequest(service="headwater.sampler.v1.SamplerService")
+        assert health.Check(ask).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        with Client(sampler.addresses[0]) as client, pytest.raises(Unavailable, match="loader"):
+            client.generate("a red fox", model="tiny")
+        own.loader()
+        sampler.wait_for("loader connected")
+        assert draw(sampler.addresses[0])
+        assert health.Check(ask).status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_reflection_names_the_service(sampler_tcp: str) -> None:
+    """A generic client finds the service by asking."""
+    with grpc.insecure_channel(sampler_tcp) as channel:
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        ask = reflection_pb2.ServerReflectionRequest(list_services="")
+        answer = next(iter(stub.ServerReflectionInfo(iter([ask]))))
+
+    names = {service.name for service in answer.list_services_response.service}
+    assert {"headwater.sampler.v1.SamplerService", "grpc.health.v1.Health"} <= names
 
 
 def test_arena_of_another_generation_is_refused(own: Stack) -> None:

@@ -115,6 +115,12 @@ def test_the_models_own_limits() -> None:
     assert "e.g. 992" in dict(refused.value.violations)["width_px"]
 
 
+def test_too_many_pixels_are_named() -> None:
+    """Edges that are allowed by themselves may still be too large together."""
+    with pytest.raises(InvalidRequest, match="at most 16777216"):
+        TRAITS.resolve(image_request(asked(width_px=8192, height_px=4096)))
+
+
 def test_previews_cannot_be_rarer_than_steps() -> None:
     """A preview that would never come is an error."""
     with pytest.raises(InvalidRequest, match="every_step_count"):
