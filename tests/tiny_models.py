@@ -38,15 +38,18 @@ QWEN_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>"
 
 
 def randomise(*modules: nn.Module) -> None:
-    """Seeded weights that keep activations finite and no tensor at zero, so that a lost one shows."""
+    """Seeded weights for every parameter: activations stay finite, pictures are not flat, and a lost tensor shows."""
     generator = torch.Generator().manual_seed(0)
     for module in modules:
         module.eval().requires_grad_(False)
-        for param in module.parameters():
-            if param.ndim > 1:
-                param.copy_(torch.randn(param.shape, generator=generator) * 0.05)
-            elif not param.abs().sum():
-                param.copy_(torch.randn(param.shape, generator=generator) * 0.02)
+        for name, param in module.named_parameters():
+            noise = torch.randn(param.shape, generator=generator)
+            if name.endswith("bias"):
+                param.copy_(0.02 * noise)
+            elif "norm" in name or name.endswith("gamma"):
+                param.copy_(1 + 0.1 * noise)
+            else:
+                param.copy_(0.05 * noise)
 
 
 def qwen_tokenizer() -> transformers.Qwen2Tokenizer:
