@@ -178,7 +178,10 @@ class Library:
             try:
                 async with aclosing(self._loader.prepare(model.name, model.fill_order())) as fill:
                     async for news in fill:
-                        self._check_same(model, news)
+                        if not is_mapped(model, news):
+                            gone = LoaderGone("the loader was restarted and reads the model anew: ask again")
+                            await self._abandon(model, gone)
+                            return
                         await asyncio.to_thread(self._engine.wake)
             except LoaderGone as error:
                 if model.name not in self.attached:
@@ -191,13 +194,6 @@ class Library:
                 return
         await asyncio.to_thread(self._engine.wake)
         log.info("all params ready", model=model.name, size_bytes=model.size_bytes)
-
-    def _check_same(self, model: AttachedModel, news: PrepareNews) -> None:
-        """Raises HeadwaterError if the loader fills other arenas than those that are mapped here."""
-        mapped = {c.name: c.arena.generation for c in model.components}
-        theirs = {c.name: c.generation for c in news.model.components} if news.HasField("model") else mapped
-        if any(theirs.get(name) != generation for name, generation in mapped.items()):
-            raise HeadwaterError("the loader was restarted and reads the model anew: ask again")
 
     async def _abandon(self, model: AttachedModel, error: HeadwaterError) -> None:
         """Fail who waits for bytes that will not come, and let the model go when nobody uses it."""
@@ -226,3 +222,11 @@ class Library:
 
         self._engine.ride(Rider(lambda rider: work(), settle_soon))
         return await done
+
+
+def is_mapped(model: AttachedModel, news: PrepareNews) -> bool:
+    """Whether the loader fills the very arenas that are mapped here."""
+    if not news.HasField("model"):
+        return True
+    theirs = {c.name: c.generation for c in news.model.components}
+    return all(theirs.get(c.name) == c.arena.generation for c in model.components)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from headwater_client import Client, Result
 from numpy.typing import NDArray
 from PIL import Image
 
+from tests.stack import Stack
 from tests.tiny_models import CALLS
 
 DTYPES = {"z_image_bf16": torch.bfloat16, "sdxl_f16": torch.float16}
@@ -59,3 +62,27 @@ def served(address: str, model: str, prompt: str, size: tuple[int, int], steps: 
 
 def pixels(image: Image.Image) -> NDArray[np.uint8]:
     return np.asarray(image.convert("RGB"))
+
+
+def draw(address: str, steps: int = 4, seed: int = 7) -> str:
+    """SHA-256 of a picture of "tiny"."""
+    with Client(address) as client:
+        return client.generate("a red fox", model="tiny", steps=steps, seed=seed, timeout=90).images[0].sha256
+
+
+def idle(address: str) -> None:
+    """Wait until nobody rides or waits."""
+    with Client(address) as client:
+        for _ in range(400):
+            status = client.status()
+            if not status.riding_count and not status.queued_count:
+                return
+            time.sleep(0.02)
+    raise AssertionError(f"still busy: {status}")
+
+
+def leased(stack: Stack) -> bool:
+    """Whether the kernel says that somebody maps an arena."""
+    locks = Path("/proc/locks").read_text()
+    inodes = {file.stat().st_ino for file in stack.arena_dir.iterdir() if file.is_file() and file.name != "loader.lock"}
+    return any(int(match) in inodes for match in re.findall(r":(\d+) 0 EOF", locks))
