@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -22,7 +24,7 @@ from headwater_client import (
 from services.errors import BadArena
 from services.params.arena import attach
 from tests.sampler.support import draw, leased
-from tests.stack import Stack
+from tests.stack import Stack, running
 
 
 def test_on_demand_starts_before_the_fill_ends(own: Stack) -> None:
@@ -146,6 +148,31 @@ def test_loader_killed_in_mid_fill(own: Stack) -> None:
     if isinstance(outcome[0], HeadwaterError):  # the new loader had to start afresh: one clear error, then all is well
         assert outcome[0].code == "UNAVAILABLE", outcome
     assert draw(sampler.addresses[0]) == draw(own.sampler().addresses[0])
+
+
+def test_model_replaced_while_its_loader_was_dead(tiny_folders: dict[str, Path], tmp_path: Path) -> None:
+    """The next loader reads changed files anew: who waited for the old fill is told, and the next request draws."""
+    folder = Path(shutil.copytree(tiny_folders["tiny"], tmp_path / "tiny"))
+    with running(tmp_path, {"tiny": folder}) as stack:
+        loader = stack.loader("--max-fill-rate", "300KiB")
+        sampler = stack.sampler()
+        refused: list[HeadwaterError] = []
+
+        def ask() -> None:
+            with pytest.raises(Unavailable) as error:
+                draw(sampler.addresses[0])
+            refused.append(error.value)
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        sampler.wait_for("event=attached")
+        loader.kill()
+        os.utime(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+        stack.loader()
+        asking.join(60)
+
+        assert "anew" in refused[0].message
+        assert draw(sampler.addresses[0])
 
 
 def test_sigterm_finishes_and_leaves_nothing(own: Stack) -> None:
