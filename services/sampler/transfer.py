@@ -146,9 +146,9 @@ class Ring:
         self._gates += [g for g in gates if not g.host]
         self._replan()
         for gate in gates:
+            self._unbind(gate)
             if gate.host:
                 continue
-            self._unbind(gate)
             self._sources.setdefault(gate.arena, arena_bytes(gate.arena))
             if self._registrar is not None:
                 self._registrar.add(gate.arena, self._sources[gate.arena])
@@ -206,6 +206,9 @@ class Ring:
     def enter(self, gate: Gate) -> None:
         """Make the gate's params usable by what the calling thread launches next."""
         if gate.host:
+            # Only while it is looked up: a library asks a model's first param where the model is.
+            for param in gate.params:
+                param.tensor.data = param.view
             return
         slot = self._find(gate) or self._bring(gate, keep=())
         if slot.arrived is not None:
@@ -218,7 +221,10 @@ class Ring:
 
     def leave(self, gate: Gate) -> None:
         """The gate's kernels have been launched; its slot is free once they ran."""
-        if gate.host or gate in self._residents:
+        if gate.host:
+            self._unbind(gate)
+            return
+        if gate in self._residents:
             return
         slot = self._find(gate)
         if slot is None:

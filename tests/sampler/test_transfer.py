@@ -111,6 +111,22 @@ def test_the_budget_decides_who_stays(gates: list[Gate]) -> None:
         ring(gates, budget_bytes=2 * WEIGHTS * 4)
 
 
+def test_a_host_table_is_read_where_it_lies(gates: list[Gate]) -> None:
+    """Inside its gate the param is the arena's view itself, outside it is absent; nothing is copied for it."""
+    table = gates[0]
+    table.host = True
+    made = ring(gates, keep_residents=False)
+    assert table.params[0].tensor.isnan().all()
+    made.enter(table)
+    assert table.params[0].tensor.data_ptr() == table.params[0].view.data_ptr()
+    made.prefetch(table, following(gates, table))
+    assert holds_its_own(table)
+    made.leave(table)
+
+    assert table.params[0].tensor.isnan().all()
+    assert made.streamed_bytes == 2 * WEIGHTS * 4  # the two ahead
+
+
 def test_detached_gates_leave_nothing(gates: list[Gate]) -> None:
     """Half of the gates go; the others still find their bytes."""
     made = ring(gates, keep_residents=False)
