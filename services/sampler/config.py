@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         help="keep what the budget holds on the device and stream the rest; without: keep nothing")  # fmt: skip
     add("--work-reserve", type=float, dest="work_reserve_gib", default=2.0, metavar="GIB",
         help="part of the budget for activations (default: %(default)s)")  # fmt: skip
+    # A gate is a contiguous copy worth having, yet small enough that three of them fit a small budget.
     add("--gate-limit", type=_positive, dest="gate_limit_bytes", default=512 << 20, metavar="BYTES",
         help="largest gate that need not be split (default: %(default)s)")  # fmt: skip
     add("--riders", type=_positive, dest="rider_limit", default=4, metavar="N",

@@ -16,8 +16,6 @@ from torch import nn
 from services.params.arena import AttachedArena
 from services.params.layout import ALIGNMENT
 
-# A gate is a contiguous copy worth having, yet small enough that three of them fit a small VRAM budget.
-GATE_LIMIT_BYTES = 512 << 20
 # An embedding table above this is looked up on the host: a prompt needs a few of its rows.
 HOST_LOOKUP_BYTES = 64 << 20
 

@@ -6,7 +6,7 @@ gates are copied into a ring of slots one or two ahead of the sweep, what the re
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -23,12 +23,16 @@ from services.sampler.residency import plan_residents
 class Transfer(Protocol):
     """What the engine asks of a device. All but `bind_thread` is called by the holder of the baton only."""
 
-    way: str  # for people: how bytes travel
     device: torch.device
     streamed_bytes: int  # copied to the device so far
 
+    @property
+    def way(self) -> str:
+        """How bytes travel, for people."""
+        ...
+
     def bind_thread(self) -> None: ...
-    def attach(self, gates: Iterable[Gate]) -> None: ...
+    def attach(self, gates: Sequence[Gate]) -> None: ...
     def detach(self, gates: Iterable[Gate]) -> None: ...
     def enter(self, gate: Gate) -> None: ...
     def leave(self, gate: Gate) -> None: ...
@@ -48,7 +52,7 @@ class ArenaViews:
     def bind_thread(self) -> None:
         pass
 
-    def attach(self, gates: Iterable[Gate]) -> None:
+    def attach(self, gates: Sequence[Gate]) -> None:
         pass
 
     def detach(self, gates: Iterable[Gate]) -> None:
@@ -94,6 +98,13 @@ class Slot:
                 )
         return self.bound[gate]
 
+    def forget(self, gates: set[Gate]) -> None:
+        """Drop gates that are no more, and with them what keeps their arenas mapped."""
+        for gate in self.bound.keys() & gates:
+            del self.bound[gate]
+        if self.gate in gates:
+            self.gate, self.is_bound = None, False
+
 
 def place_view(memory: torch.Tensor, at: int, param: BoundParam) -> torch.Tensor:
     """`param` as it lies at byte `at` of `memory` (uint8): same dtype, shape and stride as in the arena."""
@@ -122,7 +133,6 @@ class Ring:
         self.budget_bytes = budget_bytes
         self.reserve_bytes = reserve_bytes
         self.streamed_bytes = 0
-        self.way = "pageable memory"
         self._keep_residents = keep_residents
         self._poison = poison
         self._slot_count = slot_count
@@ -135,16 +145,22 @@ class Ring:
         self._copies = new_stream(device) if device.type == "cuda" else None
         self._absent: dict[int, torch.Tensor] = {}  # by BoundParam
 
+    @property
+    def way(self) -> str:
+        return self._registrar.way if self._registrar is not None else "slots in host memory"
+
     # ---- models come and go
 
     def bind_thread(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
 
-    def attach(self, gates: Iterable[Gate]) -> None:
-        """Take a model's gates on: size the ring, plan who stays, unbind params. No gate may be open."""
-        self._gates += [g for g in gates if not g.host]
-        self._replan()
+    def attach(self, gates: Sequence[Gate]) -> None:
+        """Take a model's gates on: size the ring, plan who stays, unbind params. No gate may be open.
+
+        Raises DeviceMemoryFull, with everything as it was.
+        """
+        self._replan([*self._gates, *(g for g in gates if not g.host)])
         for gate in gates:
             self._unbind(gate)
             if gate.host:
@@ -152,14 +168,13 @@ class Ring:
             self._sources.setdefault(gate.arena, arena_bytes(gate.arena))
             if self._registrar is not None:
                 self._registrar.add(gate.arena, self._sources[gate.arena])
-                self.way = self._registrar.way
 
     def detach(self, gates: Iterable[Gate]) -> None:
         """Let a model's gates go. No gate may be open, and no rider may need them any more."""
         gone = set(gates)
-        if self._copies is not None:
-            torch.cuda.synchronize(self.device)
-        self._gates = [g for g in self._gates if g not in gone]
+        self._replan([g for g in self._gates if g not in gone])
+        for slot in self._slots:
+            slot.forget(gone)
         for arena in {g.arena for g in gone} - {g.arena for g in self._gates}:
             if self._registrar is not None:
                 self._registrar.remove(arena)
@@ -167,14 +182,11 @@ class Ring:
         for gate in gone:
             for param in gate.params:
                 self._absent.pop(id(param), None)
-        self._replan()
 
-    def _replan(self) -> None:
-        """Size the slots for the largest streamed gate and choose residents within what is left."""
-        if self._copies is not None:
-            torch.cuda.synchronize(self.device)
-        pinned = [g for g in self._gates if g.pinned]
-        streamed = [g for g in self._gates if not g.pinned]
+    def _replan(self, gates: list[Gate]) -> None:
+        """Hold `gates`: size the slots for the largest streamed one and choose residents within what is left."""
+        pinned = [g for g in gates if g.pinned]
+        streamed = [g for g in gates if not g.pinned]
         ring = self._slot_count * max((g.size_bytes for g in streamed), default=0)
         room = self.budget_bytes - self.reserve_bytes - sum(g.size_bytes for g in pinned)
         if self._keep_residents and sum(g.size_bytes for g in streamed) <= room:
@@ -186,12 +198,16 @@ class Ring:
             )
         else:
             stay = plan_residents(streamed, room - ring) if self._keep_residents else set()
+        if self._copies is not None:
+            torch.cuda.synchronize(self.device)
+        self._gates = gates
         wanted = stay | set(pinned)
         for gate in self._residents.keys() - wanted:
             self._unbind(gate)
         self._residents = {g: self._residents.get(g) for g in self._gates if g in wanted}
         size = ring // self._slot_count
         if not self._slots or self._slots[0].memory.numel() != size:
+            self._slots = []  # the old ring's memory first: the budget does not hold both
             self._slots = [self._new_slot(size) for _ in range(self._slot_count)] if size else []
 
     def _new_slot(self, size_bytes: int) -> Slot:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -143,3 +145,32 @@ def test_copies_end_where_extents_end(gates: list[Gate]) -> None:
 
     assert parts == [(4000, 96), (4096, 3904)]
     assert list(within_extents(gates[0].arena, 0, 8192)) == [(0, 4096), (4096, 4096)]
+
+
+def test_a_model_that_does_not_fit_leaves_the_others_alone(gates: list[Gate]) -> None:
+    """An attach that is refused changes nothing: what was attached still works, and so does the next attach."""
+    made = ring(gates[:2], budget_bytes=3 * WEIGHTS * 4, keep_residents=False)
+    memory = gates[0].arena
+    large = torch.frombuffer(memory.data, dtype=torch.float32)
+    param = nn.Parameter(large, requires_grad=False)
+    bound = BoundParam(param, 0, large.numel() * 4, large)
+    with pytest.raises(DeviceMemoryFull):
+        made.attach([Gate("c", "large", nn.Identity(), memory, (bound,))])
+    made.attach(gates[2:4])
+    for gate in gates[:4]:
+        made.enter(gate)
+        assert holds_its_own(gate)
+        made.leave(gate)
+
+
+def test_detached_gates_are_forgotten(gates: list[Gate]) -> None:
+    """A slot that held a gate keeps neither it nor views of its memory once its model is gone."""
+    made = ring(gates, keep_residents=False)
+    made.enter(gates[0])
+    made.leave(gates[0])
+    gone = weakref.ref(gates[0].params[0].view)
+    made.detach([gates[0]])
+    del gates[0]
+    gc.collect()
+
+    assert gone() is None
