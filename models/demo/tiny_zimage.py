@@ -180,6 +180,17 @@ def velocity(
     return x.view(batch, height // 2, width // 2, 2, 2, channels).permute(0, 5, 1, 3, 2, 4).reshape(latents.shape)
 
 
+def modulation_size(transformer: ZImageTransformer2DModel, time: torch.Tensor) -> torch.Tensor:
+    """Return the mean square of the time's embedding and of all that blocks make of it. time: (batch,).
+
+    Norms and tanh gates hide the size of these numbers from the loss, so that nothing else holds them.
+    """
+    embedded = transformer.t_embedder(time * transformer.t_scale)
+    blocks = (*transformer.noise_refiner, *transformer.layers, transformer.all_final_layer[PATCH])
+    made = [embedded, *(block.adaLN_modulation(embedded) for block in blocks)]
+    return torch.stack([numbers.float().square().mean() for numbers in made]).sum()
+
+
 def _patchify(latents: torch.Tensor) -> torch.Tensor:
     """Cut (batch, c, h, w) into (batch, h w / 4, 4 c) patches, channels last as the transformer does."""
     batch, channels, height, width = latents.shape

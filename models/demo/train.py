@@ -1,8 +1,8 @@
 """Train the demo model from nothing, in a fixed time: autoencoder, then denoiser and text encoder, then decoder.
 
-    python -m models.demo.train --out DIR [--minutes 9] [--resume FOLDER]
+    python -m models.demo.train --out DIR [--minutes 9] [--autoencoder FOLDER]
 
-`--resume` goes on with a trained folder; the autoencoder's encoder stays as it is.
+`--autoencoder` takes the autoencoder of a trained folder and begins with the denoiser.
 
 Every picture is drawn by draw.py; held-out scenes (draw.held_out) are never drawn. The budget is wall-clock time, so
 the learning rates follow the time that is left and the result is written whatever the hardware's speed.
@@ -22,13 +22,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, ZImagePipeline
 
 from models.demo import check
 from models.demo.descent import Descent
 from models.demo.draw import SCENE_FIELDS, caption, pack, render, sample_scene
-from models.demo.tiny_zimage import TEXT_MULTIPLE, encode_text, make_pipeline, make_tokenizer, tokenize, velocity
+from models.demo.tiny_zimage import (
+    TEXT_MULTIPLE,
+    encode_text,
+    make_pipeline,
+    make_tokenizer,
+    modulation_size,
+    tokenize,
+    velocity,
+)
 
 CHUNK = 4096  # scenes a worker makes at a time
 LONGEST = 2 * TEXT_MULTIPLE  # tokens; a caption with strange words in it can need the second multiple
@@ -36,10 +43,12 @@ LONGEST = 2 * TEXT_MULTIPLE  # tokens; a caption with strange words in it can ne
 # Shares of the wall-clock budget; what is left after the last is for the figures.
 VAE_UNTIL, FLOW_UNTIL, POLISH_UNTIL = 0.30, 0.83, 0.94
 
-VAE_RATE, FLOW_RATE, POLISH_RATE = 1e-3, 2e-4, 3e-4  # the flow's loss blew up at 1e-3 and jumped at 4e-4
+VAE_RATE, FLOW_RATE, POLISH_RATE = 1e-3, 6e-4, 3e-4
 
 KL_WEIGHT = 1e-4  # against pixels in [-1, 1]; at 1e-3 small stars came out as circles
 LATENT_NOISE = 0.15  # of the latents' deviation, at most: the decoder learns to forgive the denoiser
+MODULATION_WEIGHT = 1e-3  # holds the time's influence at the order of 1; left alone it ran off to a million
+FULL_WEIGHT_SIGMA = 0.3  # the schedule's last step starts here; below, the loss is mostly the noise that nobody needs
 POLISH_SIGMAS = (0.1, 0.5)  # around the last step of an 8- or 9-step schedule
 
 
@@ -188,7 +197,7 @@ def train_flow(
     models = torch.nn.ModuleList([pipe.transformer, pipe.text_encoder]).train()
     if latents.device.type == "cuda":
         pipe.transformer.compile_repeated_blocks(dynamic=False)
-    descent = Descent(models, betas=(0.9, 0.99), decay=0.01)
+    descent = Descent(models, betas=(0.9, 0.99), decay=0.05)
 
     def steps(length: int, chosen_from: torch.Tensor) -> Callable[[float], torch.Tensor]:
         def loss() -> torch.Tensor:
@@ -224,11 +233,14 @@ def flow_loss(pipe: ZImagePipeline, data: torch.Tensor, ids: torch.Tensor, said:
     """Return the flow-matching loss: at (1 - sigma) data + sigma noise the transformer answers data - noise.
 
     The pipeline negates that answer and hands it to the Euler schedule, whose derivative by sigma is noise - data.
+    Errors at small sigmas count less: what they do to the picture falls with sigma.
     """
     noise, sigmas = torch.randn_like(data), sample_sigmas(len(data), data.device)
     noisy = torch.lerp(data, noise, sigmas[:, None, None, None])
     answer = velocity(pipe.transformer, noisy, 1 - sigmas, encode_text(pipe.text_encoder, ids), said)
-    return F.mse_loss(answer.float(), data - noise)
+    errors = (answer.float() - (data - noise)).square().mean(dim=(1, 2, 3))
+    weights = (sigmas / FULL_WEIGHT_SIGMA).square().clamp(max=1)
+    return (weights * errors).mean() + MODULATION_WEIGHT * modulation_size(pipe.transformer, 1 - sigmas)
 
 
 def polish_decoder(pipe: ZImagePipeline, scenes: Scenes, latents: torch.Tensor, budget: Budget, batch: int) -> None:
@@ -276,7 +288,7 @@ def train(pipe: ZImagePipeline, args: argparse.Namespace, budget: Budget) -> Non
     print(f"{len(scenes.rows)} scenes of {SCENE_FIELDS} numbers at {budget.elapsed():.0f} s", flush=True)
     scenes = Scenes(*(getattr(scenes, field.name).to(args.device) for field in fields(scenes)))
     pipe.to(args.device)
-    if not args.resume:
+    if not args.autoencoder:
         train_vae(pipe.vae, scenes, budget, args.vae_batch)
     pipe.vae.eval().requires_grad_(False)
     latents = encode_pictures(pipe.vae, scenes.rows)
@@ -292,7 +304,7 @@ def main() -> None:
         "--out", type=Path, required=True, help="folder to write: model/, figures.json, seen.png, heldout.png"
     )
     parser.add_argument("--minutes", type=float, default=9.0, help="wall-clock budget")
-    parser.add_argument("--resume", type=Path, help="folder of a trained model to go on with")
+    parser.add_argument("--autoencoder", type=Path, help="folder of a trained model whose autoencoder to take")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, default=384)
     parser.add_argument("--rate", type=float, default=FLOW_RATE, help="the denoiser's highest learning rate")
@@ -305,7 +317,9 @@ def main() -> None:
     budget = Budget(args.minutes)
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
-    pipe = ZImagePipeline.from_pretrained(args.resume, dtype=torch.float32) if args.resume else make_pipeline()
+    pipe = make_pipeline()
+    if args.autoencoder:
+        pipe.register_modules(vae=AutoencoderKL.from_pretrained(args.autoencoder / "vae", dtype=torch.float32))
     train(pipe, args, budget)
     pipe.to("cpu", torch.bfloat16).save_pretrained(args.out / "model")
     print(f"saved at {budget.elapsed():.0f} s", flush=True)
