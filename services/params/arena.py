@@ -4,6 +4,7 @@ The only file that opens shared memory. Leases are `flock`s of the kernel: a sam
 and LOCK_EX, which the owner takes before it unlinks, can only be had when nobody does. Knows no checkpoint, no grpc.
 """
 
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -20,6 +21,7 @@ from services.params.header import DIGEST_BYTES, Header, Regions, parse, parse_p
 from services.params.layout import PAGE, Extent, PlacedTensor
 
 _RESERVE_STEP_BYTES = 1 << 30
+_MAP_FIXED = 0x10  # Python's mmap has no name for it
 
 
 class ExtentState(IntEnum):
@@ -40,6 +42,7 @@ class AttachedArena:
 
     def __init__(self, fd: int, header: Header, regions: Regions) -> None:
         self._fd = fd
+        self._data_at = regions.data  # in the file
         self.component = header.component
         self.generation = header.generation
         self.tensors: tuple[PlacedTensor, ...] = header.layout.tensors
@@ -61,6 +64,23 @@ class AttachedArena:
     @property
     def ready_bytes(self) -> int:
         return sum(self.extents[n].size_bytes for n, state in enumerate(bytes(self._states)) if state == 3)
+
+    @contextmanager
+    def writable(self, address: int, offset: int, size_bytes: int) -> Iterator[None]:
+        """Pages of the data may be written inside the block, for devices that page-lock writable memory only.
+
+        address: where the data's byte `offset`, the first of a page, is mapped. Raises PermissionError if the file may
+        not be written.
+        """
+        fd = os.open(f"/proc/self/fd/{self._fd}", os.O_RDWR | os.O_CLOEXEC)
+        try:
+            _map_over(address, size_bytes, mmap.PROT_READ | mmap.PROT_WRITE, fd, self._data_at + offset)
+        finally:
+            os.close(fd)
+        try:
+            yield
+        finally:
+            _protect(address, size_bytes, mmap.PROT_READ)
 
     def close(self) -> None:
         """Give the lease back and unmap; may be called again. Memory that views still hold is unmapped with them."""
@@ -249,6 +269,33 @@ def _read_front(fd: int) -> tuple[Header, Regions]:
     if os.fstat(fd).st_size != regions.file_bytes:
         raise BadArena("an arena that is not as long as its header says")
     return parse(os.pread(fd, regions.data, 0))
+
+
+def _map_over(address: int, size_bytes: int, protection: int, fd: int, offset: int) -> None:
+    """Map the file at `offset` in the place of what is mapped at `address`: the same bytes, with other rights."""
+    call = _c_library().mmap
+    call.restype = ctypes.c_void_p
+    number = ctypes.c_long
+    mapped = call(
+        ctypes.c_void_p(address),
+        ctypes.c_size_t(size_bytes),
+        protection,
+        mmap.MAP_SHARED | _MAP_FIXED,
+        fd,
+        number(offset),
+    )
+    if mapped != address:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    _c_library().madvise(ctypes.c_void_p(address), ctypes.c_size_t(size_bytes), mmap.MADV_DONTDUMP)
+
+
+def _protect(address: int, size_bytes: int, protection: int) -> None:
+    if _c_library().mprotect(ctypes.c_void_p(address), ctypes.c_size_t(size_bytes), protection):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def _c_library() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
 
 
 def _reserve(fd: int, size: int) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from services.rpc.logs import LOG_FORMATS, LOG_LEVELS, LogFormat
 
+PAGE_LOCKS = ("read-only", "protected", "staged")
+
 
 class ConfigError(Exception):
     """A flag that cannot work; the message is for the operator and may name paths."""
@@ -26,6 +28,7 @@ class Config:
     max_vram_gib: float
     stream_layers: bool
     work_reserve_gib: float
+    page_lock: str
     gate_limit_bytes: int
     rider_limit: int
     queue_limit: int
@@ -59,6 +62,8 @@ def _parser() -> argparse.ArgumentParser:
         help="keep what the budget holds on the device and stream the rest; without: keep nothing")  # fmt: skip
     add("--work-reserve", type=float, dest="work_reserve_gib", default=2.0, metavar="GIB",
         help="part of the budget for activations (default: %(default)s)")  # fmt: skip
+    add("--page-lock", choices=PAGE_LOCKS, default=PAGE_LOCKS[0],
+        help="best way to try of reading shared memory at the bus's speed (default: %(default)s)")  # fmt: skip
     # A gate is a contiguous copy worth having, yet small enough that three of them fit a small budget.
     add("--gate-limit", type=_positive, dest="gate_limit_bytes", default=512 << 20, metavar="BYTES",
         help="largest gate that need not be split (default: %(default)s)")  # fmt: skip

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from services.sampler.config import Config, ConfigError
+from services.sampler.driver import Driver
+from services.sampler.registration import Registrar, Way
 from services.sampler.transfer import ArenaViews, Ring, Transfer
+from services.sampler.vram import Vram
 
 GIB = 1 << 30
 
@@ -19,28 +22,35 @@ class DeviceFacts:
     device: torch.device
     name: str
     budget_bytes: int  # 0 on a CPU
+    vram: Vram | None = None  # None on a CPU
 
     def used_bytes(self) -> int:
-        """VRAM that this process has allocated."""
-        return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
+        """VRAM that this process takes, by the driver's count."""
+        return self.vram.process_bytes() if self.vram is not None else 0
 
 
 def open_device(config: Config) -> tuple[Transfer, DeviceFacts]:
-    """The transfer for the configured device. Raises ConfigError if there is no such device."""
+    """The transfer for the configured device. Raises ConfigError if there is no such device or budget."""
     device = resolve_device(config.device)
     if device.type == "cpu":
         if config.test_ring:
-            return Ring(device, 1 << 62, keep_residents=False, poison=True), DeviceFacts(
-                device, "CPU, poisoned ring", 0
-            )
+            ring = Ring(device, 1 << 62, keep_residents=False, poison=True)
+            return ring, DeviceFacts(device, "CPU, poisoned ring", 0)
         return ArenaViews(), DeviceFacts(device, "CPU", 0)
+    vram = Vram(device)
     torch.cuda.set_device(device)
     free, total = torch.cuda.mem_get_info(device)
     budget = budget_bytes(config.max_vram_gib, free)
-    torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
+    own = budget - vram.outside_bytes()
+    if own <= 0:
+        least = vram.outside_bytes() / GIB
+        raise ConfigError(f"--max-vram {config.max_vram_gib:g}: CUDA alone takes {least:.2f} GiB; allow more than that")
+    # The allocator's own limit makes the budget a hard one, whatever our plan says.
+    torch.cuda.set_per_process_memory_fraction(min(1.0, own / total), device)
+    registrar = Registrar(device, Driver(), Way[config.page_lock.upper().replace("-", "_")])
     reserve = round(config.work_reserve_gib * GIB)
-    ring = Ring(device, budget, reserve, keep_residents=config.stream_layers)
-    return ring, DeviceFacts(device, torch.cuda.get_device_name(device), budget)
+    ring = Ring(device, own, reserve, keep_residents=config.stream_layers, registrar=registrar)
+    return ring, DeviceFacts(device, torch.cuda.get_device_name(device), budget, vram)
 
 
 def budget_bytes(max_vram_gib: float, free_bytes: int) -> int:

@@ -50,6 +50,7 @@ class Gate:
     params: tuple[BoundParam, ...]
     pinned: bool = False  # stays on the device once it is there
     host: bool = False  # an embedding table, looked up where it lies
+    passes: int = 1  # how often a request passes it, roughly
     copies: tuple[Copy, ...] = ()
     size_bytes: int = 0  # of a slot that holds it
     places: tuple[int, ...] = ()  # of each param in the slot

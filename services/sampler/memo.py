@@ -9,14 +9,19 @@ from typing import Any
 
 import torch
 
-ENTRY_LIMIT = 64
+LIMIT_BYTES = 64 << 20  # of device memory; a prompt takes 0.3 to 4 MB
 
 
 class PromptMemo:
-    """The results of `encode_prompt` by its arguments, least recently used forgotten first. Use under the baton."""
+    """The results of `encode_prompt` by its arguments, least recently used forgotten first. Use under the baton.
 
-    def __init__(self, entry_limit: int = ENTRY_LIMIT) -> None:
-        self._entry_limit = entry_limit
+    It belongs to one attached model and so to one generation of its params; all else that the encoders see (prompts,
+    lengths, dtypes, switches) comes as an argument.
+    """
+
+    def __init__(self, limit_bytes: int = LIMIT_BYTES) -> None:
+        self.size_bytes = 0
+        self._limit_bytes = limit_bytes
         self._results: OrderedDict[Hashable, object] = OrderedDict()
 
     def wrap(self, encode: Callable[..., Any]) -> Callable[..., Any]:
@@ -28,14 +33,28 @@ class PromptMemo:
             if key is None:
                 return encode(*args, **options)
             if key not in self._results:
-                self._results[key] = copied(encode(*args, **options))
-            if len(self._results) > self._entry_limit:
-                self._results.popitem(last=False)
-            else:
-                self._results.move_to_end(key)
+                result = encode(*args, **options)
+                self._keep(key, copied(result))
+                return result
+            self._results.move_to_end(key)
             return copied(self._results[key])
 
         return remembered
+
+    def _keep(self, key: Hashable, result: object) -> None:
+        # Riders that came with the same prompt at once have each encoded it.
+        self.size_bytes += size_of(result) - size_of(self._results.get(key))
+        self._results[key] = result
+        while self.size_bytes > self._limit_bytes:
+            _, forgotten = self._results.popitem(last=False)
+            self.size_bytes -= size_of(forgotten)
+
+
+def size_of(value: object) -> int:
+    """Bytes of every tensor in `value`."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    return sum(size_of(v) for v in value) if isinstance(value, list | tuple) else 0
 
 
 def freeze(value: object) -> Hashable | None:

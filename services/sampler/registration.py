@@ -1,80 +1,150 @@
-"""Page-locks arenas for CUDA, extent by extent as they become READY."""
+"""Page-locks arenas for a device, chunk by chunk as their extents become READY."""
 
 from __future__ import annotations
 
 import threading
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Protocol
 
 import structlog
 import torch
 
 from services.params.arena import AttachedArena
 
-READ_ONLY = 0x08  # cudaHostRegisterReadOnly
+# The driver locks 10 to 23 GB a second: a chunk takes some 20 ms. Copies are cut where chunks end.
+CHUNK_BYTES = 256 << 20
 
 log = structlog.get_logger()
 
 
-class Registrar:
-    """Page-locks READY extents in the background, so that copies run at the bus's speed and beside the compute.
+class Way(Enum):
+    """How arena bytes reach the device, best first."""
 
-    A copy from an extent that is not registered yet is right too, only slower.
+    READ_ONLY = "registered memory, read-only"
+    PROTECTED = "registered memory, protected after registration"
+    STAGED = "pinned staging buffers"
+
+
+class Locker(Protocol):
+    """What locks pages: the CUDA driver."""
+
+    def locks_read_only(self, device_index: int) -> bool: ...
+    def lock(self, address: int, size_bytes: int, read_only: bool) -> int: ...
+    def unlock(self, address: int) -> int: ...
+
+
+def chunks_of(size_bytes: int, chunk_bytes: int = CHUNK_BYTES) -> Iterator[tuple[int, int]]:
+    """(offset, size) of the chunks of an arena's data. They begin on pages, so that no page is locked twice."""
+    for start in range(0, size_bytes, chunk_bytes):
+        yield start, min(chunk_bytes, size_bytes - start)
+
+
+@dataclass(eq=False, slots=True)
+class Registration:
+    """One arena: what of it is locked, and what is still to be."""
+
+    arena: AttachedArena
+    data: torch.Tensor  # uint8, the whole data
+    todo: list[tuple[int, int]]
+    locked: list[int] = field(default_factory=list)  # addresses
+
+    def next_ready(self) -> tuple[int, int] | None:
+        """A chunk all of whose extents are READY."""
+        return next((chunk for chunk in self.todo if self._is_ready(*chunk)), None)
+
+    def _is_ready(self, start: int, size: int) -> bool:
+        return all(
+            self.arena.is_ready(number)
+            for number, extent in enumerate(self.arena.extents)
+            if extent.offset < start + size and start < extent.offset + extent.size_bytes
+        )
+
+
+class Registrar:
+    """Locks in the background; a copy from a chunk that is not locked yet is right too, only slower.
+
+    Ways are tried from the best one on; the first that the device takes is kept for all arenas. Without any, copies
+    have to be staged.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.way = "registered memory"
+    def __init__(
+        self, device: torch.device, locker: Locker, best: Way = Way.READ_ONLY, chunk_bytes: int = CHUNK_BYTES
+    ) -> None:
+        self.way = best
+        self.locked_bytes = 0
         self._device = device
+        self._locker = locker
+        self._chunk_bytes = chunk_bytes
         self._mutex = threading.Lock()
-        self._todo: dict[AttachedArena, tuple[torch.Tensor, list[int]]] = {}
-        self._done: dict[AttachedArena, list[int]] = {}
+        self._arenas: dict[AttachedArena, Registration] = {}
         self._more = threading.Event()
+        if best is Way.READ_ONLY and not locker.locks_read_only(device.index or 0):
+            self._fall_back("the device does not lock read-only memory")
         threading.Thread(target=self._run, name="registrar", daemon=True).start()
 
-    def add(self, arena: AttachedArena, source: torch.Tensor) -> None:
+    def add(self, arena: AttachedArena, data: torch.Tensor) -> None:
         with self._mutex:
-            if arena not in self._todo and arena not in self._done:
-                self._todo[arena] = (source, list(range(len(arena.extents))))
-                self._done[arena] = []
+            if arena not in self._arenas:
+                self._arenas[arena] = Registration(arena, data, list(chunks_of(len(data), self._chunk_bytes)))
         self._more.set()
 
     def remove(self, arena: AttachedArena) -> None:
-        """Unregister; the caller has seen to it that no copy is under way."""
+        """Unlock; the caller has seen to it that no copy is under way."""
         with self._mutex:
-            self._todo.pop(arena, None)
-            cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-            for pointer in self._done.pop(arena, []):
-                cudart.cudaHostUnregister(pointer)
+            gone = self._arenas.pop(arena, None)
+            for address in gone.locked if gone else ():
+                self._locker.unlock(address)
+
+    def is_done(self) -> bool:
+        """Whether nothing is left to lock."""
+        with self._mutex:
+            return self.way is Way.STAGED or not any(r.todo for r in self._arenas.values())
 
     def _run(self) -> None:
-        torch.cuda.set_device(self._device)
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
         while self._more.wait():
             self._more.clear()
-            while self._todo:
-                if not self._one():
+            while not self.is_done():
+                if not self._lock_one():
                     self._more.wait(0.05)  # what is left is not READY yet
 
-    def _one(self) -> bool:
-        """Register one READY extent; False if there is none."""
+    def _lock_one(self) -> bool:
+        """Lock one chunk whose extents are READY; False if there is none."""
         with self._mutex:
-            for arena, (source, extents) in list(self._todo.items()):
-                ready = next((e for e in extents if arena.is_ready(e)), None)
-                if ready is None:
-                    continue
-                extents.remove(ready)
-                if not extents:
-                    del self._todo[arena]
-                self._register(arena, source, ready)
-                return True
+            for registration in self._arenas.values():
+                chunk = registration.next_ready()
+                if chunk is not None and self.way is not Way.STAGED:
+                    self._lock(registration, *chunk)
+                    return True
         return False
 
-    def _register(self, arena: AttachedArena, source: torch.Tensor, number: int) -> None:
-        extent = arena.extents[number]
-        pointer = source.data_ptr() + extent.offset
-        cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        status = int(cudart.cudaHostRegister(pointer, extent.size_bytes, READ_ONLY))
-        if status:
-            self.way = "pageable memory"
-            self._todo.clear()
-            log.warning("page-locking refused, copies stay pageable", cuda_error=status)
-        else:
-            self._done[arena].append(pointer)
+    def _lock(self, registration: Registration, start: int, size: int) -> None:
+        address = registration.data.data_ptr() + start
+        error = self._lock_ways()[self.way](registration.arena, address, start, size)
+        if error:
+            self._fall_back(f"refused with CUDA error {error}")
+            return
+        registration.todo.remove((start, size))
+        registration.locked.append(address)
+        self.locked_bytes += size
+
+    def _lock_ways(self) -> dict[Way, Callable[[AttachedArena, int, int, int], int]]:
+        return {Way.READ_ONLY: self._lock_read_only, Way.PROTECTED: self._lock_protected}
+
+    def _lock_read_only(self, arena: AttachedArena, address: int, start: int, size: int) -> int:
+        return self._locker.lock(address, size, read_only=True)
+
+    def _lock_protected(self, arena: AttachedArena, address: int, start: int, size: int) -> int:
+        try:
+            with arena.writable(address, start, size):
+                return self._locker.lock(address, size, read_only=False)
+        except PermissionError as error:
+            return error.errno or 1
+
+    def _fall_back(self, reason: str) -> None:
+        ways = list(Way)
+        refused, self.way = self.way, ways[ways.index(self.way) + 1]
+        log.warning("page-locking", refused=refused.value, reason=reason, way=self.way.value)

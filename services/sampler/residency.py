@@ -1,32 +1,102 @@
-"""Which gates stay on the device. One pure function; it knows sizes and order, nothing of torch."""
+"""What the device's memory holds: which gates stay, and the slots for the others. Knows sizes and order, no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from services.errors import DeviceMemoryFull
+
+# Two gates ahead hide every copy that can be hidden; with two slots one is ahead, which costs a little at most.
+SLOT_COUNTS = (3, 2)
+# Gates far smaller than the largest get slots of their own, or a run of them would leave the bus idle.
+SMALL_SHARE = 16
+SMALL_SLOT_COUNT = 8
 
 
 class Sized(Hashable, Protocol):
-    """Something with a size."""
+    """A gate, as far as it matters here."""
 
     @property
     def size_bytes(self) -> int: ...
+
+    @property
+    def passes(self) -> int:
+        """How often a request passes it, roughly."""
+        ...
 
 
 G = TypeVar("G", bound=Sized)
 
 
-def plan_residents(gates: Sequence[G], room_bytes: int) -> set[G]:
-    """Gates to keep on the device, at most `room_bytes` in all, spread over the sweep.
+@dataclass(frozen=True, slots=True)
+class SlotPlan:
+    """Equal slots for gates of at most `slot_bytes`."""
 
-    gates: in the order of the sweep. Every streamed gate costs bus time, and a resident one hides the copy of its
-    neighbours behind its compute, so residents are taken at even distances: the gates are dealt in the order in which
-    multiples of the golden ratio fall on them (low-discrepancy: any prefix of it is spread evenly).
+    slot_bytes: int
+    slot_count: int
+
+    @property
+    def size_bytes(self) -> int:
+        return self.slot_bytes * self.slot_count
+
+
+@dataclass(frozen=True, slots=True)
+class Plan(Generic[G]):
+    """Who stays, and the slots of the others: small gates' first."""
+
+    residents: frozenset[G]
+    small: SlotPlan
+    large: SlotPlan
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(g.size_bytes for g in self.residents) + self.small.size_bytes + self.large.size_bytes
+
+
+def plan(
+    gates: Sequence[G], room_bytes: int, keep_residents: bool = True, slot_counts: Sequence[int] = SLOT_COUNTS
+) -> Plan[G]:
+    """Hold `gates` within the room: all of them, or slots and as many residents as fit beside these.
+
+    gates: in the order of the sweep; slot_counts: to be tried in turn. Raises DeviceMemoryFull with what is missing.
+    """
+    if keep_residents and sum(g.size_bytes for g in gates) <= room_bytes:
+        return Plan(frozenset(gates), SlotPlan(0, 0), SlotPlan(0, 0))
+    for slot_count in slot_counts:
+        small, large = plan_slots(gates, slot_count)
+        left = room_bytes - small.size_bytes - large.size_bytes
+        if left >= 0:
+            return Plan(frozenset(plan_residents(gates, left) if keep_residents else ()), small, large)
+    missing = -left
+    raise DeviceMemoryFull(
+        f"the VRAM budget is {missing / 2**30:.2f} GiB short of what this model needs at least: raise --max-vram by it"
+    )
+
+
+def plan_slots(gates: Sequence[G], slot_count: int) -> tuple[SlotPlan, SlotPlan]:
+    """Slots for small gates and for large ones."""
+    largest = max((g.size_bytes for g in gates), default=0)
+    smalls = [g.size_bytes for g in gates if is_small(g.size_bytes, largest)]
+    return SlotPlan(max(smalls, default=0), SMALL_SLOT_COUNT if smalls else 0), SlotPlan(largest, slot_count)
+
+
+def is_small(size_bytes: int, largest_bytes: int) -> bool:
+    return size_bytes * SMALL_SHARE <= largest_bytes
+
+
+def plan_residents(gates: Sequence[G], room_bytes: int) -> set[G]:
+    """Gates to keep on the device, at most `room_bytes` in all: those passed most often, spread over the sweep.
+
+    A resident gate saves its bytes once a pass, so a denoiser's go before an encoder's. Among equals, each hides the
+    copies of its neighbours behind its compute, so they are taken at even distances: in the order in which multiples
+    of the golden ratio fall on them (low-discrepancy: any prefix of it is spread evenly).
     Source of the sequence: Knuth, The Art of Computer Programming 3, 6.4, Fibonacci hashing.
     """
     chosen: set[G] = set()
     golden = (5**0.5 - 1) / 2
-    order = sorted(range(len(gates)), key=lambda i: ((i + 1) * golden) % 1)
+    order = sorted(range(len(gates)), key=lambda i: (-gates[i].passes, (i + 1) * golden % 1))
     for index in order:
         gate = gates[index]
         if gate.size_bytes <= room_bytes:

@@ -1,4 +1,4 @@
-"""How params get from the arena to where the arithmetic is. The only file with CUDA streams and events.
+"""How params get from the arena to where the arithmetic is. Owns the copy stream.
 
 `ArenaViews` serves a CPU: params are views of the arena, nothing moves. `Ring` serves a device with memory of its own:
 gates are copied into a ring of slots one or two ahead of the sweep, what the residency plan says stays.
@@ -7,17 +7,21 @@ gates are copied into a ring of slots one or two ahead of the sweep, what the re
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from typing import Protocol
 
+import structlog
 import torch
 
-from services.errors import DeviceMemoryFull
 from services.params.arena import AttachedArena
-from services.sampler.gates import BoundParam, Gate, absent, arena_bytes
-from services.sampler.registration import Registrar
-from services.sampler.residency import plan_residents
+from services.sampler.gates import Gate, absent, arena_bytes
+from services.sampler.registration import CHUNK_BYTES, Registrar, Way
+from services.sampler.residency import SLOT_COUNTS, Plan, is_small, plan
+from services.sampler.slots import Slot, SlotRing, new_slot
+from services.sampler.staging import Staging
+
+Piece = tuple[int, int, int]  # offset in the arena's data, bytes, place in the slot
+
+log = structlog.get_logger()
 
 
 class Transfer(Protocol):
@@ -40,6 +44,14 @@ class Transfer(Protocol):
     def views(self, gate: Gate) -> tuple[torch.Tensor, ...]: ...
     def streamed_bytes_of(self, gate: Gate) -> int: ...
     def resident_bytes_of(self, gate: Gate) -> int: ...
+
+    def reserve(self, work_bytes: int) -> None:
+        """Leave room for so many bytes of work beside params. No gate may be open. Raises DeviceMemoryFull."""
+        ...
+
+    def make_way(self) -> bool:
+        """Keep nothing that can be streamed, for memory is short; False if there was no such thing. No gate open."""
+        ...
 
 
 class ArenaViews:
@@ -76,40 +88,11 @@ class ArenaViews:
     def resident_bytes_of(self, gate: Gate) -> int:
         return gate.size_bytes
 
+    def reserve(self, work_bytes: int) -> None:
+        pass
 
-@dataclass(eq=False, slots=True)
-class Slot:
-    """Device memory that holds one gate at a time."""
-
-    memory: torch.Tensor  # uint8
-    gate: Gate | None = None
-    is_bound: bool = False  # whether the gate's params are views of this memory now
-    arrived: torch.cuda.Event | None = None  # its bytes are there
-    free: torch.cuda.Event | None = None  # kernels that read them are done
-    bound: dict[Gate, tuple[torch.Tensor, ...]] = field(default_factory=dict)  # views made so far
-
-    def views(self, gate: Gate) -> tuple[torch.Tensor, ...]:
-        """The gate's params as they lie in this slot."""
-        if gate not in self.bound:
-            # Params outlive the request that first needed them: they must not become inference tensors.
-            with torch.inference_mode(False):
-                self.bound[gate] = tuple(
-                    place_view(self.memory, at, p) for p, at in zip(gate.params, gate.places, strict=True)
-                )
-        return self.bound[gate]
-
-    def forget(self, gates: set[Gate]) -> None:
-        """Drop gates that are no more, and with them what keeps their arenas mapped."""
-        for gate in self.bound.keys() & gates:
-            del self.bound[gate]
-        if self.gate in gates:
-            self.gate, self.is_bound = None, False
-
-
-def place_view(memory: torch.Tensor, at: int, param: BoundParam) -> torch.Tensor:
-    """`param` as it lies at byte `at` of `memory` (uint8): same dtype, shape and stride as in the arena."""
-    flat = memory[at : at + param.size_bytes].view(param.view.dtype)
-    return flat.as_strided(param.view.shape, param.view.stride())
+    def make_way(self) -> bool:
+        return False
 
 
 class Ring:
@@ -126,28 +109,41 @@ class Ring:
         budget_bytes: int,
         reserve_bytes: int = 0,
         keep_residents: bool = True,
-        slot_count: int = 3,
+        slot_counts: Sequence[int] = SLOT_COUNTS,
         poison: bool = False,
+        registrar: Registrar | None = None,
     ) -> None:
         self.device = device
-        self.budget_bytes = budget_bytes
-        self.reserve_bytes = reserve_bytes
+        self.budget_bytes = budget_bytes  # of params and work
+        self.reserve_bytes = reserve_bytes  # of it for work: activations and what riders keep between gates
         self.streamed_bytes = 0
         self._keep_residents = keep_residents
         self._poison = poison
-        self._slot_count = slot_count
-        self._slots: list[Slot] = []
-        self._oldest = 0
+        self._slot_counts = slot_counts
+        self._registrar = registrar
+        self._copies = new_stream(device) if device.type == "cuda" else None
+        self._staging: Staging | None = None
+        self._small, self._large = SlotRing(), SlotRing()
         self._gates: list[Gate] = []
+        self._pieces: dict[Gate, tuple[Piece, ...]] = {}
         self._residents: dict[Gate, Slot | None] = {}  # None: to stay once it is brought
         self._sources: dict[AttachedArena, torch.Tensor] = {}
-        self._registrar = Registrar(device) if device.type == "cuda" else None
-        self._copies = new_stream(device) if device.type == "cuda" else None
         self._absent: dict[int, torch.Tensor] = {}  # by BoundParam
+        self._largest_bytes = 0
 
     @property
     def way(self) -> str:
-        return self._registrar.way if self._registrar is not None else "slots in host memory"
+        return self._registrar.way.value if self._registrar is not None else "slots in host memory"
+
+    @property
+    def held_bytes(self) -> int:
+        """Device memory that slots and residents take now."""
+        residents = sum(slot.memory.numel() for slot in self._residents.values() if slot is not None)
+        return residents + self._small.size_bytes + self._large.size_bytes
+
+    def is_registered(self) -> bool:
+        """Whether all that can be page-locked is."""
+        return self._registrar is None or self._registrar.is_done()
 
     # ---- models come and go
 
@@ -160,11 +156,12 @@ class Ring:
 
         Raises DeviceMemoryFull, with everything as it was.
         """
-        self._replan([*self._gates, *(g for g in gates if not g.host)])
+        self._hold([*self._gates, *(g for g in gates if not g.host)])
         for gate in gates:
             self._unbind(gate)
             if gate.host:
                 continue
+            self._pieces[gate] = tuple(pieces_of(gate))
             self._sources.setdefault(gate.arena, arena_bytes(gate.arena))
             if self._registrar is not None:
                 self._registrar.add(gate.arena, self._sources[gate.arena])
@@ -172,50 +169,51 @@ class Ring:
     def detach(self, gates: Iterable[Gate]) -> None:
         """Let a model's gates go. No gate may be open, and no rider may need them any more."""
         gone = set(gates)
-        self._replan([g for g in self._gates if g not in gone])
-        for slot in self._slots:
+        self._hold([g for g in self._gates if g not in gone])
+        for slot in (*self._small.slots, *self._large.slots):
             slot.forget(gone)
         for arena in {g.arena for g in gone} - {g.arena for g in self._gates}:
             if self._registrar is not None:
                 self._registrar.remove(arena)
             self._sources.pop(arena, None)
         for gate in gone:
+            self._pieces.pop(gate, None)
             for param in gate.params:
                 self._absent.pop(id(param), None)
 
-    def _replan(self, gates: list[Gate]) -> None:
-        """Hold `gates`: size the slots for the largest streamed one and choose residents within what is left."""
+    def reserve(self, work_bytes: int) -> None:
+        if work_bytes != self.reserve_bytes:
+            self._hold(self._gates, work_bytes)
+            self.reserve_bytes = work_bytes
+
+    def make_way(self) -> bool:
+        idle = [g for g, slot in self._residents.items() if slot is not None and not g.pinned]
+        if not idle:
+            return False
+        log.warning("VRAM is short, residents are given up", gates=len(idle))
+        self._hold(self._gates, keep_residents=False)
+        return True
+
+    def _hold(self, gates: list[Gate], reserve_bytes: int | None = None, keep_residents: bool | None = None) -> None:
+        """Hold `gates` as `plan` says for what the work leaves of the budget. Raises DeviceMemoryFull first of all."""
         pinned = [g for g in gates if g.pinned]
         streamed = [g for g in gates if not g.pinned]
-        ring = self._slot_count * max((g.size_bytes for g in streamed), default=0)
-        room = self.budget_bytes - self.reserve_bytes - sum(g.size_bytes for g in pinned)
-        if self._keep_residents and sum(g.size_bytes for g in streamed) <= room:
-            stay, ring = set(streamed), 0
-        elif ring > room:
-            raise DeviceMemoryFull(
-                f"the VRAM budget of {self.budget_bytes >> 20} MiB is too small: {ring >> 20} MiB for "
-                f"{self._slot_count} slots and {self.reserve_bytes >> 20} MiB for work are needed; raise --max-vram"
-            )
-        else:
-            stay = plan_residents(streamed, room - ring) if self._keep_residents else set()
+        reserve = self.reserve_bytes if reserve_bytes is None else reserve_bytes
+        keep = self._keep_residents if keep_residents is None else keep_residents
+        room = self.budget_bytes - reserve - sum(g.size_bytes for g in pinned)
+        planned = plan(streamed, room, keep, self._slot_counts)
+        self._gates = gates
+        self._largest_bytes = planned.large.slot_bytes
+        self._settle(planned, {*planned.residents, *pinned})
+
+    def _settle(self, planned: Plan[Gate], residents: set[Gate]) -> None:
         if self._copies is not None:
             torch.cuda.synchronize(self.device)
-        self._gates = gates
-        wanted = stay | set(pinned)
-        for gate in self._residents.keys() - wanted:
+        for gate in self._residents.keys() - residents:
             self._unbind(gate)
-        self._residents = {g: self._residents.get(g) for g in self._gates if g in wanted}
-        size = ring // self._slot_count
-        if not self._slots or self._slots[0].memory.numel() != size:
-            self._slots = []  # the old ring's memory first: the budget does not hold both
-            self._slots = [self._new_slot(size) for _ in range(self._slot_count)] if size else []
-
-    def _new_slot(self, size_bytes: int) -> Slot:
-        with torch.inference_mode(False):  # an inference tensor could not be written again from elsewhere
-            memory = torch.empty(size_bytes, dtype=torch.uint8, device=self.device)
-        if self._poison:
-            memory.fill_(0xFF)  # all ones is a NaN in every float format we know
-        return Slot(memory)
+        self._residents = {g: self._residents.get(g) for g in self._gates if g in residents}
+        self._small.resize(planned.small, self.device, self._poison)
+        self._large.resize(planned.large, self.device, self._poison)
 
     # ---- the sweep
 
@@ -226,10 +224,14 @@ class Ring:
             for param in gate.params:
                 param.tensor.data = param.view
             return
-        slot = self._find(gate) or self._bring(gate, keep=())
-        if slot.arrived is not None:
+        slot = self._find(gate) or self._bring_or_make_way(gate)
+        if slot.staging is not None:
+            slot.staging.result()
+            slot.staging = None
+        if slot.is_arriving:
+            assert slot.arrived is not None
             torch.cuda.current_stream(self.device).wait_event(slot.arrived)
-            slot.arrived = None
+            slot.is_arriving = False
         if not slot.is_bound:
             slot.is_bound = True
             for param, view in zip(gate.params, slot.views(gate), strict=True):
@@ -245,9 +247,9 @@ class Ring:
         slot = self._find(gate)
         if slot is None:
             return
-        if self._copies is not None:
-            slot.free = new_event()
+        if slot.free is not None:
             slot.free.record(torch.cuda.current_stream(self.device))
+            slot.was_left = True
         slot.is_bound = False
         if self._poison:
             slot.memory[: gate.size_bytes].fill_(0xFF)
@@ -257,15 +259,26 @@ class Ring:
 
     def prefetch(self, gate: Gate, upcoming: Iterator[Gate]) -> None:
         """Start copies of the nearest gates to come, as far as slots reach, never over one that is needed sooner."""
-        near = [gate]
+        near = {self._small: set[Gate](), self._large: set[Gate]()}
+        if gate in self._pieces and gate not in self._residents:
+            near[self._ring_of(gate)].add(gate)
         for following in upcoming:
-            if len(near) >= self._slot_count or not following.is_ready():
-                return
-            if following.host or following in near or self._is_there(following):
+            if following.host or self._is_there(following):
                 continue
-            near.append(following)
-            if self._find(following) is None:
-                self._bring(following, keep=near)
+            if not following.is_ready():
+                return
+            if following in self._residents:
+                self._bring_if_it_fits(following)
+                continue
+            ring = self._ring_of(following)
+            kept = near[ring]
+            if following in kept:
+                continue
+            if len(kept) >= len(ring.slots):
+                return
+            kept.add(following)
+            if ring.find(following) is None:
+                self._bring(following, ring.oldest(kept))
 
     def views(self, gate: Gate) -> tuple[torch.Tensor, ...]:
         """The open gate's params on the device."""
@@ -281,53 +294,69 @@ class Ring:
 
     # ---- slots
 
+    def _ring_of(self, gate: Gate) -> SlotRing:
+        return self._small if is_small(gate.size_bytes, self._largest_bytes) else self._large
+
     def _is_there(self, gate: Gate) -> bool:
-        resident = self._residents.get(gate)
-        return resident is not None and resident.gate is gate
+        return self._residents.get(gate) is not None
 
     def _find(self, gate: Gate) -> Slot | None:
-        resident = self._residents.get(gate)
-        if resident is not None:
-            return resident
-        return next((slot for slot in self._slots if slot.gate is gate), None)
+        return self._residents.get(gate) or self._ring_of(gate).find(gate)
 
-    def _bring(self, gate: Gate, keep: Iterable[Gate]) -> Slot:
-        """Copy a gate into a slot: one of its own if it is to stay, else the oldest that none of `keep` needs."""
+    def _bring_or_make_way(self, gate: Gate) -> Slot:
+        """Bring a gate that is to be opened. If it was to stay but memory is short, nothing but the ring stays."""
         if gate in self._residents:
-            slot = self._residents[gate] = self._new_slot(gate.size_bytes)
-        else:
-            slot = self._oldest_slot(keep)
-        slot.gate, slot.is_bound = gate, False
-        source = self._sources[gate.arena]
-        with self._on_copy_stream(slot):
-            for copy in gate.copies:
-                for offset, size in within_extents(gate.arena, copy.offset, copy.size_bytes):
-                    at = copy.at + offset - copy.offset
-                    slot.memory[at : at + size].copy_(source[offset : offset + size], non_blocking=True)
-                    self.streamed_bytes += size
-            if self._copies is not None:
-                slot.arrived = new_event()
-                slot.arrived.record(self._copies)
+            try:
+                return self._bring_resident(gate)
+            except torch.OutOfMemoryError:
+                if gate.pinned and not self.make_way():
+                    raise
+                if not gate.pinned:
+                    self._hold(self._gates, keep_residents=False)
+                return self._bring_or_make_way(gate)
+        return self._bring(gate, self._ring_of(gate).oldest(set()))
+
+    def _bring_if_it_fits(self, gate: Gate) -> None:
+        try:
+            self._bring_resident(gate)
+        except torch.OutOfMemoryError:
+            log.debug("no room yet for a resident", gate=str(gate))
+
+    def _bring_resident(self, gate: Gate) -> Slot:
+        slot = self._bring(gate, new_slot(self.device, gate.size_bytes, self._poison))
+        self._residents[gate] = slot
         return slot
 
-    def _oldest_slot(self, keep: Iterable[Gate]) -> Slot:
-        kept = set(keep)
-        for _ in range(len(self._slots)):
-            slot = self._slots[self._oldest]
-            self._oldest = (self._oldest + 1) % len(self._slots)
-            if slot.gate not in kept:
-                return slot
-        raise AssertionError("more gates are kept than there are slots")
+    def _bring(self, gate: Gate, slot: Slot) -> Slot:
+        """Copy a gate into a slot, once what last read that is done."""
+        if slot.staging is not None:
+            slot.staging.result()
+        slot.gate, slot.is_bound, slot.staging = gate, False, None
+        source, pieces = self._sources[gate.arena], self._pieces[gate]
+        self.streamed_bytes += sum(size for _, size, _ in pieces)
+        if self._copies is None or slot.arrived is None:
+            for offset, size, at in pieces:
+                slot.memory[at : at + size].copy_(source[offset : offset + size])
+            return slot
+        self._await_free(slot, self._copies)
+        slot.is_arriving = True
+        if self._registrar is not None and self._registrar.way is Way.STAGED:
+            self._staging = self._staging or Staging(self.device, self._copies)
+            slot.staging = self._staging.bring(source, pieces, slot)
+            return slot
+        with torch.cuda.stream(self._copies):
+            for offset, size, at in pieces:
+                slot.memory[at : at + size].copy_(source[offset : offset + size], non_blocking=True)
+            slot.arrived.record(self._copies)
+        return slot
 
-    def _on_copy_stream(self, slot: Slot) -> AbstractContextManager[object]:
-        if self._copies is None:
-            return nullcontext()
-        if slot.free is not None:
-            self._copies.wait_event(slot.free)
+    def _await_free(self, slot: Slot, copies: torch.cuda.Stream) -> None:
+        if slot.was_left:
+            assert slot.free is not None
+            copies.wait_event(slot.free)
         else:
             # Fresh memory may have been another tensor's: the allocator orders it on the compute stream only.
-            self._copies.wait_stream(torch.cuda.current_stream(self.device))
-        return torch.cuda.stream(self._copies)
+            copies.wait_stream(torch.cuda.current_stream(self.device))
 
     def _unbind(self, gate: Gate) -> None:
         for param in gate.params:
@@ -336,18 +365,15 @@ class Ring:
             param.tensor.data = self._absent[id(param)]
 
 
-def within_extents(arena: AttachedArena, offset: int, size_bytes: int) -> Iterator[tuple[int, int]]:
-    """Cut a range where extents end: one CUDA copy must not cross from one registered range into the next."""
-    end = offset + size_bytes
-    for extent in arena.extents:
-        start, stop = max(offset, extent.offset), min(end, extent.offset + extent.size_bytes)
-        if start < stop:
-            yield start, stop - start
+def pieces_of(gate: Gate, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Piece]:
+    """The gate's copies, cut where chunks end: a CUDA copy must not cross from one registered range into the next."""
+    for copy in gate.copies:
+        offset, end = copy.offset, copy.offset + copy.size_bytes
+        while offset < end:
+            size = min(end, (offset // chunk_bytes + 1) * chunk_bytes) - offset
+            yield offset, size, copy.at + offset - copy.offset
+            offset += size
 
 
 def new_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-
-def new_event() -> torch.cuda.Event:
-    return torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -74,6 +75,32 @@ def test_a_reader_cannot_write(owned: OwnedArena) -> None:
         assert arena.data.readonly
         maps = Path("/proc/self/maps").read_text().splitlines()
         assert [line.split()[1] for line in maps if owned.path.name in line] == ["r--s"]
+
+
+def test_pages_are_writable_for_the_time_of_a_block(owned: OwnedArena) -> None:
+    """They are mapped at the same address, show the same bytes as they are filled, and are read-only again after it."""
+    expected = fill(owned, 0)
+    with attach(owned.path, GENERATION) as arena:
+        address = np.frombuffer(arena.data, dtype=np.uint8).ctypes.data
+        size = owned.header.layout.data_bytes
+        with arena.writable(address, 0, size):
+            assert rights_at(address) == "rw-s"
+            later = fill(owned, 1)
+        extents = owned.header.layout.extents[:2]
+        seen = [bytes(arena.data[e.offset : e.offset + e.size_bytes]) for e in extents]
+
+        assert rights_at(address) == "r--s"
+        assert seen == [expected, later]
+
+
+def rights_at(address: int) -> str:
+    """What the kernel lets this process do with the page at an address."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, rights = line.split()[:2]
+        start, end = (int(edge, 16) for edge in span.split("-"))
+        if start <= address < end:
+            return rights
+    return "not mapped"
 
 
 def test_the_data_starts_on_a_page(owned: OwnedArena) -> None:

@@ -37,10 +37,31 @@ def test_tensors_among_the_arguments_are_not_remembered() -> None:
 
 
 def test_the_least_recently_used_goes_first() -> None:
-    """The memo is bounded."""
+    """The memo is bounded by the bytes of what it remembers."""
     calls: list[str] = []
-    remembered = PromptMemo(entry_limit=2).wrap(calls.append)
+
+    def encode(prompt: str) -> list[torch.Tensor]:
+        calls.append(prompt)
+        return [torch.zeros(25)]
+
+    memo = PromptMemo(limit_bytes=200)
+    remembered = memo.wrap(encode)
     for prompt in ("a", "b", "a", "c", "a", "b"):
         remembered(prompt)
 
     assert calls == ["a", "b", "c", "b"]
+    assert memo.size_bytes == 200
+
+
+def test_a_prompt_encoded_twice_at_once_counts_once() -> None:
+    """Two riders with one prompt that is not remembered yet both encode it."""
+    memo = PromptMemo()
+
+    def encode(depth: int) -> torch.Tensor:
+        if depth == 0 and not memo.size_bytes:
+            memo.wrap(lambda again: torch.zeros(4))(depth)  # the other rider, in the middle of this one's call
+        return torch.zeros(4)
+
+    memo.wrap(encode)(0)
+
+    assert memo.size_bytes == 16

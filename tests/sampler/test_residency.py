@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import suppress
 from dataclasses import dataclass
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.sampler.residency import plan_residents
+from services.errors import DeviceMemoryFull
+from services.sampler.residency import plan, plan_residents
 
 
 @dataclass(frozen=True)
 class Sized:
     number: int
     size_bytes: int
+    passes: int = 1
 
 
 @given(st.lists(st.integers(1, 1000), max_size=60), st.integers(0, 20_000))
@@ -39,3 +42,26 @@ def test_residents_are_spread_over_the_sweep(gate_count: int, wanted: int) -> No
 
     assert len(chosen) == wanted
     assert max(gaps) <= 3 * gate_count / wanted
+
+
+@given(st.lists(st.tuples(st.integers(1, 1000), st.integers(1, 9)), max_size=60), st.integers(0, 20_000), st.booleans())
+def test_a_plan_fits_or_says_what_is_missing(sizes: list[tuple[int, int]], room: int, keep: bool) -> None:
+    """Slots and residents fit the room, every streamed gate has a slot to go to; else two slots would not fit."""
+    gates = [Sized(n, size, passes) for n, (size, passes) in enumerate(sizes)]
+    with suppress(DeviceMemoryFull):
+        planned = plan(gates, room, keep)
+        streamed = [g for g in gates if g not in planned.residents]
+        assert planned.size_bytes <= room
+        assert all(g.size_bytes <= planned.large.slot_bytes for g in streamed)
+        assert not streamed or planned.large.slot_count >= 2
+        return
+    assert room < 2 * max(g.size_bytes for g in gates) + 8 * max(g.size_bytes for g in gates) / 16
+
+
+def test_what_is_passed_most_stays_first() -> None:
+    """A denoiser's gates before an encoder's, whatever their order."""
+    encoder = [Sized(n, 10, passes=1) for n in range(5)]
+    denoiser = [Sized(n + 5, 10, passes=10) for n in range(5)]
+
+    assert plan_residents([*encoder, *denoiser], 50) == set(denoiser)
+    assert plan_residents([*encoder, *denoiser], 70) > set(denoiser)

@@ -15,7 +15,7 @@ from torch import nn
 from services.errors import DeviceMemoryFull
 from services.params.layout import Extent
 from services.sampler.gates import BoundParam, Gate
-from services.sampler.transfer import Ring, within_extents
+from services.sampler.transfer import Ring, pieces_of
 
 GATES, WEIGHTS = 8, 256
 
@@ -65,7 +65,7 @@ def following(gates: list[Gate], gate: Gate) -> Iterator[Gate]:
 @pytest.mark.parametrize("slot_count", [2, 3, 4])
 def test_any_order_of_gates(gates: list[Gate], slot_count: int, poison: bool) -> None:
     """Sweeps, jumps and repeats: an open gate holds its own bytes after its prefetches, a left one holds NaN."""
-    made = ring(gates, keep_residents=False, slot_count=slot_count, poison=poison)
+    made = ring(gates, keep_residents=False, slot_counts=[slot_count], poison=poison)
     rng = random.Random(slot_count)
     for step in range(300):
         gate = gates[step % GATES] if step < 40 else rng.choice(gates)
@@ -106,11 +106,67 @@ def test_a_sweep_copies_every_byte_once(gates: list[Gate]) -> None:
 
 
 def test_the_budget_decides_who_stays(gates: list[Gate]) -> None:
-    """What three slots leave of the budget is for residents; too little for the slots is refused with numbers."""
+    """What three slots leave of the budget is for residents; a small one has two slots; too small is refused."""
     made = ring(gates, budget_bytes=6 * WEIGHTS * 4)
     assert sum(made.resident_bytes_of(g) for g in gates) == 3 * WEIGHTS * 4
+    assert ring(gates, budget_bytes=2 * WEIGHTS * 4).held_bytes == 2 * WEIGHTS * 4
     with pytest.raises(DeviceMemoryFull, match="raise --max-vram"):
-        ring(gates, budget_bytes=2 * WEIGHTS * 4)
+        ring(gates, budget_bytes=2 * WEIGHTS * 4 - 1)
+
+
+def test_work_takes_the_place_of_residents(gates: list[Gate]) -> None:
+    """What is reserved for work is not held; more than the slots leave is refused with everything as it was."""
+    made = ring(gates, budget_bytes=6 * WEIGHTS * 4)
+    for gate in gates:
+        made.enter(gate)
+        made.leave(gate)
+    assert made.held_bytes == 6 * WEIGHTS * 4
+    made.reserve(2 * WEIGHTS * 4)
+    assert made.held_bytes <= 4 * WEIGHTS * 4
+    with pytest.raises(DeviceMemoryFull):
+        made.reserve(5 * WEIGHTS * 4)
+    made.reserve(0)
+    for gate in gates:
+        made.enter(gate)
+        assert holds_its_own(gate)
+        made.leave(gate)
+
+    assert made.held_bytes == 6 * WEIGHTS * 4
+
+
+def test_residents_make_way(gates: list[Gate]) -> None:
+    """Where memory is short all residents go, and every gate is streamed from then on."""
+    made = ring(gates)
+    for gate in gates:
+        made.enter(gate)
+        made.leave(gate)
+    assert made.make_way()
+    assert not made.make_way()
+    for gate in gates:
+        made.enter(gate)
+        assert holds_its_own(gate)
+        made.leave(gate)
+
+    assert made.held_bytes == 3 * WEIGHTS * 4
+
+
+def test_a_run_of_small_gates_leaves_the_large_slots_alone(gates: list[Gate]) -> None:
+    """Before three small gates the next large one is on its way as well."""
+    memory = gates[0].arena
+    whole = torch.frombuffer(memory.data, dtype=torch.float32)
+    large = [
+        Gate("c", f"large {n}", nn.Identity(), memory, (BoundParam(nn.Parameter(v, requires_grad=False), 0, 8192, v),))
+        for n, v in enumerate([whole.view(64, 32), whole.view(32, 64)])
+    ]
+    small = [
+        Gate("c", f"{n}", nn.Identity(), memory, (BoundParam(nn.Parameter(v, requires_grad=False), n * 512, 512, v),))
+        for n, v in enumerate(whole[: 3 * 128].split(128))
+    ]
+    made = ring([large[0], *small, large[1]], keep_residents=False)
+    made.enter(large[0])
+    made.prefetch(large[0], iter([*small, large[1]]))
+
+    assert made.streamed_bytes == 2 * 8192 + 3 * 512
 
 
 def test_a_host_table_is_read_where_it_lies(gates: list[Gate]) -> None:
@@ -126,7 +182,7 @@ def test_a_host_table_is_read_where_it_lies(gates: list[Gate]) -> None:
     made.leave(table)
 
     assert table.params[0].tensor.isnan().all()
-    assert made.streamed_bytes == 2 * WEIGHTS * 4  # the two ahead
+    assert made.streamed_bytes == 3 * WEIGHTS * 4  # the three ahead: a table needs no slot
 
 
 def test_detached_gates_leave_nothing(gates: list[Gate]) -> None:
@@ -139,12 +195,11 @@ def test_detached_gates_leave_nothing(gates: list[Gate]) -> None:
         made.leave(gate)
 
 
-def test_copies_end_where_extents_end(gates: list[Gate]) -> None:
-    """A range over two extents is two copies that together are the range."""
-    parts = list(within_extents(gates[0].arena, 4000, 4000))
-
-    assert parts == [(4000, 96), (4096, 3904)]
-    assert list(within_extents(gates[0].arena, 0, 8192)) == [(0, 4096), (4096, 4096)]
+def test_copies_end_where_chunks_end(gates: list[Gate]) -> None:
+    """A gate over two chunks is two copies that together are the gate."""
+    assert list(pieces_of(gates[0], 1000)) == [(0, 1000, 0), (1000, 24, 1000)]
+    assert list(pieces_of(gates[3], 4096)) == [(3072, 1024, 0)]
+    assert list(pieces_of(gates[4], 4100)) == [(4096, 4, 0), (4100, 1020, 4)]
 
 
 def test_a_model_that_does_not_fit_leaves_the_others_alone(gates: list[Gate]) -> None:

@@ -1,0 +1,50 @@
+"""What a process takes of a CUDA device's memory by the driver's count, which is what a budget is about.
+
+torch counts its own allocations. The driver counts the context, loaded kernels and libraries' workspaces as well.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pynvml
+import torch
+import torch.nn.functional as F
+
+# Kernels are loaded when they are first used: what may still come after `warm_up`.
+LATER_BYTES = 192 << 20
+
+
+class Vram:
+    """The memory of one device as this process uses it. Make it before the process first touches the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        pynvml.nvmlInit()
+        uuid = str(torch.cuda.get_device_properties(device).uuid)
+        self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        before = pynvml.nvmlDeviceGetMemoryInfo(self._handle).used
+        warm_up(device)
+        self._context_bytes: int = pynvml.nvmlDeviceGetMemoryInfo(self._handle).used - before
+
+    def process_bytes(self) -> int:
+        """What this process takes; where the driver does not list it, torch's count and the context as first seen."""
+        for process in pynvml.nvmlDeviceGetComputeRunningProcesses(self._handle):
+            if process.pid == os.getpid() and process.usedGpuMemory:
+                return int(process.usedGpuMemory)
+        return torch.cuda.memory_reserved(self._device) + self._context_bytes
+
+    def outside_bytes(self) -> int:
+        """What this process takes or may soon take beside torch's allocations."""
+        return self.process_bytes() - torch.cuda.memory_reserved(self._device) + LATER_BYTES
+
+
+def warm_up(device: torch.device) -> None:
+    """Load what every pipeline needs: the context, matrix products, convolutions, attention."""
+    for dtype in (torch.float32, torch.bfloat16):
+        square = torch.ones(1, 1, 128, 128, device=device, dtype=dtype)
+        F.conv2d(square @ square, torch.ones(1, 1, 3, 3, device=device, dtype=dtype))
+        F.scaled_dot_product_attention(square, square, square)
+    torch.cuda.synchronize(device)
+    del square
+    torch.cuda.empty_cache()
