@@ -34,6 +34,7 @@ class Config:
     queue_limit: int
     name: str
     grace_s: float
+    metrics: str
     test_ring: bool
     log_format: LogFormat
     log_level: str
@@ -73,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         help="requests that may wait (default: %(default)s)")  # fmt: skip
     add("--name", default=socket.gethostname(), help="name of this replica (default: the host's)")
     add("--grace", type=float, dest="grace_s", default=30.0, metavar="S", help="seconds that running calls get at stop")
+    add("--metrics", default="", metavar="HOST:PORT", help="serve Prometheus metrics there (default: nowhere)")
     add("--test-ring", action="store_true", help="on a CPU: copy params through slots filled with NaN when left")
     add("--log-format", choices=LOG_FORMATS, default="text")
     add("--log-level", choices=LOG_LEVELS, default="info")

@@ -11,6 +11,7 @@ from headwater.sampler.v1 import sampler_pb2_grpc
 
 from services.errors import UnsupportedModel
 from services.rpc.loader_client import LoaderClient
+from services.rpc.metrics import serving_metrics
 from services.rpc.server import (
     NOT_SERVING,
     SERVING,
@@ -28,6 +29,7 @@ from services.sampler.config import Config, ConfigError
 from services.sampler.device import open_device
 from services.sampler.engine import Engine
 from services.sampler.library import Library
+from services.sampler.metrics import numbers
 from services.sampler.sampler import Sampler
 from services.sampler.service import SERVICE, SamplerService
 
@@ -54,7 +56,8 @@ async def serve(config: Config) -> None:
             sampler_pb2_grpc.add_SamplerServiceServicer_to_server(service, server)
             log.info("serving", addresses=addresses, device=str(facts.device), transfer=transfer.way,
                      budget_bytes=facts.budget_bytes)  # fmt: skip
-            await run(server, sampler, service, config.grace_s)
+            with serving_metrics(config.metrics, lambda: numbers(sampler, facts)):
+                await run(server, sampler, service, config.grace_s)
     finally:
         for address in addresses:
             release(address)
