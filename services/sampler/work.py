@@ -1,0 +1,80 @@
+"""How much memory pictures need beside params, learnt from those that were drawn. Pure: knows sizes, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+# Before anything was drawn: what a picture keeps while others run, as a share of what it needs at most.
+PARKED_SHARE = 8
+# Measured needs vary a little with what lay where in memory.
+MARGIN = 1.05
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What decides how much memory a picture needs."""
+
+    model: str
+    width_px: int
+    height_px: int
+
+    @property
+    def area_px(self) -> int:
+        return self.width_px * self.height_px
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """Bytes: the most that a picture takes while it runs, and the most that it keeps while others run."""
+
+    peak_bytes: int
+    parked_bytes: int
+
+    def scaled(self, factor: float) -> Need:
+        return Need(round(self.peak_bytes * factor), round(self.parked_bytes * factor))
+
+    def __or__(self, other: Need) -> Need:
+        return Need(max(self.peak_bytes, other.peak_bytes), max(self.parked_bytes, other.parked_bytes))
+
+
+class WorkMemory:
+    """What pictures of each kind were seen to need."""
+
+    def __init__(self, guess_bytes: int) -> None:
+        self._guess = Need(guess_bytes, guess_bytes // PARKED_SHARE)
+        self._seen: dict[Kind, Need] = {}
+
+    def is_known(self, kind: Kind) -> bool:
+        return kind in self._seen
+
+    def learn(self, kind: Kind, need: Need) -> None:
+        """Remember the most that was seen."""
+        self._seen[kind] = self._seen.get(kind, need) | need
+
+    def need(self, kind: Kind) -> Need:
+        """As seen; else scaled by area from the model's picture nearest in size; else the guess."""
+        if kind in self._seen:
+            return self._seen[kind].scaled(MARGIN)
+        of_model = [k for k in self._seen if k.model == kind.model]
+        if not of_model:
+            return self._guess
+        nearest = min(of_model, key=lambda k: abs(k.area_px - kind.area_px))
+        return self._seen[nearest].scaled(MARGIN * max(1.0, kind.area_px / nearest.area_px))
+
+    def room_bytes(self, kinds: Iterable[Kind]) -> int:
+        """What pictures of these kinds need together: one of them runs at a time."""
+        needs = [self.need(kind) for kind in kinds]
+        running = max((n.peak_bytes - n.parked_bytes for n in needs), default=0)
+        return running + sum(n.parked_bytes for n in needs)
+
+    def largest(self, kind: Kind, room_bytes: int, multiple_px: int) -> tuple[int, int]:
+        """(width, height) of the largest picture of the same shape, at most `kind`, that needs no more than the room.
+
+        (0, 0) if there is none.
+        """
+        share = min(1.0, room_bytes / max(self.need(kind).peak_bytes, 1))
+        width, height = (
+            int(edge * share**0.5) // multiple_px * multiple_px for edge in (kind.width_px, kind.height_px)
+        )
+        return (width, height) if width and height else (0, 0)

@@ -1,0 +1,49 @@
+"""Memory for work: what was seen is remembered, what was not is scaled."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.sampler.work import MARGIN, Kind, Need, WorkMemory
+
+MIB = 1 << 20
+kinds = st.builds(Kind, st.sampled_from("ab"), st.integers(1, 64).map(lambda n: n * 16), st.just(512))
+needs = st.integers(1, 4000).flatmap(lambda peak: st.builds(Need, st.just(peak * MIB), st.integers(0, peak * MIB)))
+
+
+@given(st.lists(st.tuples(kinds, needs), min_size=1), st.lists(kinds, max_size=8))
+def test_room_holds_whoever_runs_beside_all_that_wait(seen: list[tuple[Kind, Need]], riding: list[Kind]) -> None:
+    """Whichever picture is at its peak, what the others keep fits beside it."""
+    work = WorkMemory(64 * MIB)
+    for kind, need in seen:
+        work.learn(kind, need)
+    room = work.room_bytes(riding)
+    for running in range(len(riding)):
+        parked = sum(work.need(k).parked_bytes for n, k in enumerate(riding) if n != running)
+        assert work.need(riding[running]).peak_bytes + parked <= room
+    for kind, need in seen:
+        assert work.need(kind).peak_bytes >= need.peak_bytes
+
+
+def test_a_size_not_seen_yet_is_scaled_by_area() -> None:
+    """Twice the area needs twice as much; a smaller one is not trusted to need less."""
+    work = WorkMemory(64 * MIB)
+    assert work.need(Kind("a", 512, 512)).peak_bytes == 64 * MIB
+    work.learn(Kind("a", 512, 512), Need(100 * MIB, 10 * MIB))
+
+    assert work.need(Kind("a", 1024, 512)).peak_bytes == round(200 * MIB * MARGIN)
+    assert work.need(Kind("a", 256, 256)).peak_bytes == round(100 * MIB * MARGIN)
+    assert work.need(Kind("b", 1024, 512)).peak_bytes == 64 * MIB
+
+
+@given(st.integers(1, 5000))
+def test_the_largest_that_fits_does(room_mib: int) -> None:
+    """The size named to who asked for too much is one that fits, of about the same shape."""
+    work = WorkMemory(64 * MIB)
+    work.learn(Kind("a", 512, 512), Need(1000 * MIB, 10 * MIB))
+    width, height = work.largest(Kind("a", 2048, 1024), room_mib * MIB, 16)
+
+    assert width % 16 == 0
+    assert height % 16 == 0
+    assert work.need(Kind("a", 2048, 1024)).peak_bytes * (width * height) / (2048 * 1024) <= room_mib * MIB
