@@ -126,7 +126,11 @@ def bind(name: str, entry: tuple[str, str], config: Path, arena: AttachedArena) 
         module, reasons = build(cls, config, views, dtype)
     except (RuntimeError, ValueError, OSError, KeyError) as error:
         raise BadCheckpoint(f"{name}: {class_name} cannot take these params: {first_line(error)}") from error
-    module.eval().requires_grad_(False)
+    module.eval()
+    # As the libraries leave them: torch folds a product with a param that requires grad in another way than one with a
+    # param that does not (should_fold in its LinearAlgebra.cpp), and the last bits differ.
+    for param in module.parameters():
+        param.requires_grad_(param.is_floating_point())
     refuse_meta(name, module)
     inside, outside = sort_tensors(
         module, arena, lambda tensor_name: reasons.get(tensor_name, "converted by the library")

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from PIL import Image
 
-from services.errors import DeviceMemoryFull
 from services.sampler.gates import Gate
 from services.sampler.model import AttachedModel, is_encoder
 from services.sampler.previews import denoised_latents, preview_image
 from services.sampler.requests import ImageRequest, Phase, Progress
+from services.sampler.work import Kind
+from services.sampler.workspace import Meter, Workspace
 
 Emit = Callable[[Progress], None]
 EmitPreview = Callable[[int, Image.Image], None]
@@ -30,11 +31,20 @@ class Drawing:
     """
 
     def __init__(
-        self, model: AttachedModel, request: ImageRequest, index: int, emit: Emit, emit_preview: EmitPreview
+        self,
+        model: AttachedModel,
+        workspace: Workspace,
+        request: ImageRequest,
+        index: int,
+        emit: Emit,
+        emit_preview: EmitPreview,
     ) -> None:
         self.phase_s: dict[Phase, float] = {}
         self._model = model
+        self._workspace = workspace
         self._request = request
+        self._kind = Kind(model.name, request.width_px, request.height_px)
+        self._meter: Meter | None = None
         self._index = index
         self._emit = emit
         self._emit_preview = emit_preview
@@ -47,6 +57,21 @@ class Drawing:
     @torch.inference_mode()
     def draw(self) -> Image.Image:
         """Run the pipeline; returns the picture. Raises what the gates raise, and DeviceMemoryFull."""
+        multiple_px = self._model.traits.size_multiple_px
+        try:
+            with self._workspace.room(self._kind, multiple_px) as self._meter:
+                picture = self._attempt()
+                if picture is None and self._workspace.make_way():
+                    picture = self._attempt()
+                if picture is None:
+                    raise self._workspace.too_large(self._kind, multiple_px)
+                return picture
+        finally:
+            self._enter_phase(None)
+
+    def _attempt(self) -> Image.Image | None:
+        """The picture, from its beginning; None if memory was short (not raised: a traceback would hold memory)."""
+        self.step, self._sigmas = 0, None
         try:
             self._model.bring_pinned()
             view = self._model.request_view()
@@ -55,17 +80,22 @@ class Drawing:
             generator = torch.Generator("cpu").manual_seed(self._request.seed_of(self._index))
             arguments = self._model.traits.call_arguments(self._request)
             picture: Image.Image = view(**arguments, generator=generator, output_type="pil").images[0]
-        except torch.OutOfMemoryError as error:
-            size = f"{self._request.width_px}x{self._request.height_px}"
-            raise DeviceMemoryFull(f"{size} does not fit the VRAM budget: ask for less, or raise --max-vram") from error
+        except torch.OutOfMemoryError:
+            return None
         else:
             return picture
         finally:
             self._model.mend()
-            self._enter_phase(None)
+
+    def paused(self) -> None:
+        """The rider is about to give the baton on."""
+        if self._meter is not None:
+            self._meter.pause()
 
     def passed(self, gate: Gate, waits: bool) -> None:
         """The rider stands at a gate whose bytes are still being read (`waits`), or passes it."""
+        if self._meter is not None and not waits:
+            self._meter.resume()
         if self._previewing:
             return
         phase = Phase.PREPARING if waits or gate.pinned else self._phase_of(gate)

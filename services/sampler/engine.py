@@ -115,6 +115,7 @@ class Engine:
         if parked:
             rider.on_gate(gate, True)
         self._standing.setdefault(gate, deque()).append(rider)
+        rider.on_pause()
         self._give_on(rider)
         rider.raise_fault()
         rider.costs.streamed_bytes += self.transfer.streamed_bytes_of(gate)

@@ -188,7 +188,7 @@ def unit_view(engine: Engine, gate: Gate) -> Any:
     """
     shared = [p.tensor for p in gate.params]
     nothing = [absent(p.view, engine.transfer.device) for p in gate.params]
-    own = [nn.Parameter(n, requires_grad=False) for n in nothing]
+    own = [nn.Parameter(n, requires_grad=p.tensor.requires_grad) for n, p in zip(nothing, gate.params, strict=True)]
     memo: dict[int, object] = {id(b): b for b in gate.module.buffers()}
     memo |= {id(t): o for t, o in zip(shared, own, strict=True)}
     unit: Any = copy.deepcopy(gate.module, memo)

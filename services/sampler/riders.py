@@ -26,7 +26,8 @@ class Rider:
 
     `work(rider)` is called once in the rider's thread; its value or exception ends up in `result` / `error`, and
     `on_done(rider)` is called in that thread after the baton was given on. `on_gate(gate, waits)` is called when the
-    rider has to wait for a gate's bytes (True) and when it passes a gate (False).
+    rider has to wait for a gate's bytes (True) and when it passes a gate (False), `on_pause()` before it gives the
+    baton on at a gate.
     """
 
     def __init__(
@@ -34,10 +35,12 @@ class Rider:
         work: Callable[[Rider], object],
         on_done: Callable[[Rider], None],
         on_gate: Callable[[Gate, bool], None] = lambda gate, waits: None,
+        on_pause: Callable[[], None] = lambda: None,
     ) -> None:
         self.work = work
         self.on_done = on_done
         self.on_gate = on_gate
+        self.on_pause = on_pause
         self.result: object = None
         self.error: BaseException | None = None
         self.fault: Exception | None = None  # raised in the rider's thread when it runs next

@@ -19,6 +19,7 @@ from services.sampler.library import Library
 from services.sampler.model import AttachedModel
 from services.sampler.requests import Event, Finished, ImageRequest, Phase, Picture, Preview, Progress, Queued, Started
 from services.sampler.riders import Rider
+from services.sampler.workspace import Workspace
 
 # How often a picture that waits for params says how far the fill is.
 HEARTBEAT_S = 0.5
@@ -27,9 +28,10 @@ HEARTBEAT_S = 0.5
 class Sampler:
     """Draws requests on one engine. All methods belong to one event loop."""
 
-    def __init__(self, library: Library, engine: Engine, admission: Admission) -> None:
+    def __init__(self, library: Library, engine: Engine, workspace: Workspace, admission: Admission) -> None:
         self.library = library
         self.engine = engine
+        self.workspace = workspace
         self.admission = admission
         self.image_count = 0
         self._live: set[str] = set()
@@ -155,7 +157,8 @@ class Job:
             await asyncio.wait(ended)
 
     def _start(self, index: int, seat: Seat) -> asyncio.Future[None]:
-        drawing = Drawing(self._model, self._request, index, self._post, self._preview_poster(index))
+        workspace = self._sampler.workspace
+        drawing = Drawing(self._model, workspace, self._request, index, self._post, self._preview_poster(index))
         ended: asyncio.Future[None] = self._loop.create_future()
 
         def leave() -> None:
@@ -168,7 +171,7 @@ class Job:
             self._post(self._outcome(rider, index))
             self._loop.call_soon_threadsafe(leave)
 
-        rider = Rider(lambda rider: drawing.draw(), done, drawing.passed)
+        rider = Rider(lambda rider: drawing.draw(), done, drawing.passed, drawing.paused)
         self._riders.append(rider)
         self._drawings.append(drawing)
         self._sampler.library.keep(self._model)

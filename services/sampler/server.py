@@ -26,12 +26,14 @@ from services.rpc.server import (
 from services.sampler.admission import Admission
 from services.sampler.binding import check_libraries
 from services.sampler.config import Config, ConfigError
-from services.sampler.device import open_device
+from services.sampler.device import GIB, open_device
 from services.sampler.engine import Engine
 from services.sampler.library import Library
 from services.sampler.metrics import numbers
 from services.sampler.sampler import Sampler
 from services.sampler.service import SERVICE, SamplerService
+from services.sampler.work import WorkMemory
+from services.sampler.workspace import Workspace
 
 log = structlog.get_logger()
 
@@ -51,7 +53,8 @@ async def serve(config: Config) -> None:
             addresses.append(bind(server, address))
         async with LoaderClient(config.loader) as loader:
             library = Library(loader, engine, config.arena_dir, config.gate_limit_bytes, config.name)
-            sampler = Sampler(library, engine, Admission(config.rider_limit, config.queue_limit))
+            workspace = Workspace(engine, WorkMemory(round(config.work_reserve_gib * GIB)))
+            sampler = Sampler(library, engine, workspace, Admission(config.rider_limit, config.queue_limit))
             service = SamplerService(sampler, config.name, facts)
             sampler_pb2_grpc.add_SamplerServiceServicer_to_server(service, server)
             log.info("serving", addresses=addresses, device=str(facts.device), transfer=transfer.way,

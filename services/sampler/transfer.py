@@ -15,7 +15,7 @@ import torch
 from services.params.arena import AttachedArena
 from services.sampler.gates import Gate, absent, arena_bytes
 from services.sampler.registration import CHUNK_BYTES, Registrar, Way
-from services.sampler.residency import SLOT_COUNTS, Plan, is_small, plan
+from services.sampler.residency import SLOT_COUNTS, Plan, is_small, plan, plan_slots
 from services.sampler.slots import Slot, SlotRing, new_slot
 from services.sampler.staging import Staging
 
@@ -33,6 +33,11 @@ class Transfer(Protocol):
     @property
     def way(self) -> str:
         """How bytes travel, for people."""
+        ...
+
+    @property
+    def work_limit_bytes(self) -> int:
+        """The most that `reserve` can give."""
         ...
 
     def bind_thread(self) -> None: ...
@@ -58,6 +63,7 @@ class ArenaViews:
     """A CPU computes on the arena itself: params stay bound to their views, zero copies."""
 
     way = "arena views"
+    work_limit_bytes = 1 << 62
     device = torch.device("cpu")
     streamed_bytes = 0
 
@@ -141,6 +147,12 @@ class Ring:
         residents = sum(slot.memory.numel() for slot in self._residents.values() if slot is not None)
         return residents + self._small.size_bytes + self._large.size_bytes
 
+    @property
+    def work_limit_bytes(self) -> int:
+        streamed = [g for g in self._gates if not g.pinned]
+        slots = sum(p.size_bytes for p in plan_slots(streamed, min(self._slot_counts)))
+        return self.budget_bytes - slots - sum(g.size_bytes for g in self._gates if g.pinned)
+
     def is_registered(self) -> bool:
         """Whether all that can be page-locked is."""
         return self._registrar is None or self._registrar.is_done()
@@ -207,6 +219,9 @@ class Ring:
         self._settle(planned, {*planned.residents, *pinned})
 
     def _settle(self, planned: Plan[Gate], residents: set[Gate]) -> None:
+        slots = self._small.size_bytes + self._large.size_bytes
+        if residents == self._residents.keys() and slots == planned.small.size_bytes + planned.large.size_bytes:
+            return
         if self._copies is not None:
             torch.cuda.synchronize(self.device)
         for gate in self._residents.keys() - residents:

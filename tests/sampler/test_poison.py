@@ -14,6 +14,8 @@ from services.sampler.drawing import Drawing
 from services.sampler.model import AttachedModel
 from services.sampler.requests import ImageRequest
 from services.sampler.transfer import Ring
+from services.sampler.work import WorkMemory
+from services.sampler.workspace import Workspace
 from tests.sampler.inprocess import attached, under_baton
 from tests.sampler.support import pixels, plain_picture
 from tests.stack import Stack
@@ -31,7 +33,8 @@ def model(request: pytest.FixtureRequest, stack: Stack) -> Iterator[AttachedMode
 
 def draw(model: AttachedModel) -> NDArray[np.uint8]:
     resolved = model.traits.resolve(REQUEST)
-    drawing = Drawing(model, resolved, 0, lambda progress: None, lambda step, image: None)
+    workspace = Workspace(model.engine, WorkMemory(0))
+    drawing = Drawing(model, workspace, resolved, 0, lambda progress: None, lambda step, image: None)
     picture = under_baton(model.engine, drawing.draw)
     return pixels(picture)
 

@@ -1,0 +1,88 @@
+"""Room on the device for pictures' work: made before a picture is drawn, measured while the first of its kind is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from services.errors import DeviceMemoryFull
+from services.sampler.engine import Engine
+from services.sampler.work import Kind, Need, WorkMemory
+
+
+class Meter:
+    """Sees what one picture allocates on a CUDA device: it has the baton between `resume` and `pause`."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.need = Need(0, 0)
+        self._device = device
+        self._own_bytes = 0
+        self._before_bytes = 0
+        self.resume()
+
+    def resume(self) -> None:
+        self._before_bytes = torch.cuda.memory_allocated(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+
+    def pause(self) -> None:
+        peak = self._own_bytes + torch.cuda.max_memory_allocated(self._device) - self._before_bytes
+        self._own_bytes += torch.cuda.memory_allocated(self._device) - self._before_bytes
+        self.need |= Need(peak, max(self._own_bytes, 0))
+
+
+class Workspace:
+    """Who works on the device now, and the room that the transfer leaves them. Use under the baton."""
+
+    def __init__(self, engine: Engine, memory: WorkMemory) -> None:
+        self._engine = engine
+        self._memory = memory
+        self._working: list[Kind] = []
+        self._known_bytes = 0  # the most that pictures of known needs had to have at once
+
+    @contextmanager
+    def room(self, kind: Kind, multiple_px: int) -> Iterator[Meter | None]:
+        """Room for a picture; a meter if the needs of its kind are not known yet.
+
+        Raises DeviceMemoryFull naming the size that would fit.
+        """
+        self._working.append(kind)
+        try:
+            self._make_room(kind, multiple_px)
+            meter = self._meter(kind)
+            yield meter
+            if meter is not None:
+                meter.pause()
+                self._memory.learn(kind, meter.need)
+        finally:
+            self._working.remove(kind)
+
+    def make_way(self) -> bool:
+        """Memory was short in spite of the plan: keep no residents. False if there were none."""
+        self._engine.settle()
+        return self._engine.transfer.make_way()
+
+    def too_large(self, kind: Kind, multiple_px: int) -> DeviceMemoryFull:
+        """What to say to who asked for more than there is room for."""
+        room = self._engine.transfer.work_limit_bytes
+        width, height = self._memory.largest(kind, room, multiple_px)
+        remedy = f"the largest of this shape that fits is {width}x{height}" if width else "no size fits"
+        return DeviceMemoryFull(
+            f"{kind.width_px}x{kind.height_px} needs about {self._memory.need(kind).peak_bytes / 2**30:.2f} GiB beside "
+            f"the model, of {room / 2**30:.2f} GiB: {remedy}; or raise --max-vram"
+        )
+
+    def _make_room(self, kind: Kind, multiple_px: int) -> None:
+        transfer = self._engine.transfer
+        if self._memory.need(kind).peak_bytes > transfer.work_limit_bytes:
+            raise self.too_large(kind, multiple_px)
+        needed = self._memory.room_bytes(self._working)
+        if all(map(self._memory.is_known, self._working)):
+            self._known_bytes = max(self._known_bytes, needed)
+        self._engine.settle()
+        transfer.reserve(max(needed, self._known_bytes))
+
+    def _meter(self, kind: Kind) -> Meter | None:
+        device = self._engine.transfer.device
+        return Meter(device) if device.type == "cuda" and not self._memory.is_known(kind) else None
