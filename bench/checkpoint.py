@@ -127,7 +127,9 @@ def quantised(shape: torch.Size) -> bool:
 def q8_0(name: str, shape: torch.Size, device: torch.device) -> np.ndarray:
     """Rows of Q8_0 blocks (fp16 scale, 32 int8), uint8; uniform values of the deviation that the weights have."""
     generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
-    blocks = torch.randint(0, 256, (shape[0], shape[1] // 32, 34), dtype=torch.uint8, generator=generator, device=device)
+    blocks = torch.randint(
+        0, 256, (shape[0], shape[1] // 32, 34), dtype=torch.uint8, generator=generator, device=device
+    )
     scale = deviation(shape) / (256 / math.sqrt(12))
     scales = torch.empty(blocks.shape[:2], device=device).uniform_(0.9 * scale, 1.1 * scale, generator=generator)
     blocks[..., :2] = scales.half().unsqueeze(-1).view(torch.uint8)

@@ -195,4 +195,3 @@ def resident_share(model: AttachedModel) -> float:
     gates = [gate for gate in model.gates_of("transformer") if not gate.pinned]
     stays = sum(model.engine.transfer.resident_bytes_of(gate) for gate in gates)
     return stays / sum(gate.size_bytes for gate in gates)
-

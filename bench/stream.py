@@ -80,9 +80,7 @@ def offload(transformer: Any, peer: str, device: torch.device) -> None:
         return
     streams = {"use_stream": True, "record_stream": True} if device.type == "cuda" else {}
     kind = {"block": {"offload_type": "block_level", "num_blocks_per_group": 1}, "leaf": {"offload_type": "leaf_level"}}
-    transformer.enable_group_offload(
-        onload_device=device, offload_device=torch.device("cpu"), **streams, **kind[peer]
-    )
+    transformer.enable_group_offload(onload_device=device, offload_device=torch.device("cpu"), **streams, **kind[peer])
 
 
 def remove_hooks(transformer: Any) -> None:
@@ -102,7 +100,9 @@ def plain_rows(folder: Path, calls: list[Call], transformer: Any, options: argpa
         transformer.to("cpu")
         offload(transformer, peer, device)
         runs = 1 if peer == "sequential" else 2
-        name = {"block": "group offload, block level", "leaf": "group offload, leaf level"}.get(peer, "sequential offload")
+        name = {"block": "group offload, block level", "leaf": "group offload, leaf level"}.get(
+            peer, "sequential offload"
+        )
         yield row(name, 2, plain_ride(transformer, calls, options.steps, device, runs))
         remove_hooks(transformer)
 
