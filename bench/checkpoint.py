@@ -86,7 +86,7 @@ def plan_folder(folder: Path, tensors: Tensors, dtype: torch.dtype, shard_bytes:
 
 
 def values(name: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Random weights that keep activations finite through the depth of the real models, the same for a name each time."""
+    """Random weights that keep activations finite at the real models' depth; a name always gets the same."""
     generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
     drawn = torch.randn(shape, generator=generator, device=device, dtype=dtype)
     if name.endswith("bias"):
@@ -127,11 +127,10 @@ def quantised(shape: torch.Size) -> bool:
 def q8_0(name: str, shape: torch.Size, device: torch.device) -> np.ndarray:
     """Rows of Q8_0 blocks (fp16 scale, 32 int8), uint8; uniform values of the deviation that the weights have."""
     generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
-    blocks = torch.randint(
-        0, 256, (shape[0], shape[1] // 32, 34), dtype=torch.uint8, generator=generator, device=device
-    )
+    size = (shape[0], shape[1] // 32, 34)
+    blocks = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator, device=device)
     scale = deviation(shape) / (256 / math.sqrt(12))
-    scales = torch.empty(blocks.shape[:2], device=device).uniform_(0.9 * scale, 1.1 * scale, generator=generator)
+    scales = torch.empty(size[:2], device=device).uniform_(0.9 * scale, 1.1 * scale, generator=generator)
     blocks[..., :2] = scales.half().unsqueeze(-1).view(torch.uint8)
     return blocks.view(shape[0], -1).cpu().numpy()
 

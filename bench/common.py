@@ -66,10 +66,9 @@ def table(title: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> 
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
     print(f"\n{title}")
     for row in cells:
-        first, *others = (
-            c.ljust(w) if at == 0 else c.rjust(w) for at, (c, w) in enumerate(zip(row, widths, strict=True))
-        )
-        print("  ".join(["", first, *others]).rstrip(), flush=True)
+        padded = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        padded[0] = row[0].ljust(widths[0])
+        print("  ".join(["", *padded]).rstrip(), flush=True)
 
 
 def show(cell: object) -> str:

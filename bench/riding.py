@@ -28,7 +28,7 @@ Mark = Any  # a CUDA event, or seconds
 
 
 def denoiser_only(folder: Path, target: Path) -> Path:
-    """A Z-Image folder that links the denoiser and autoencoder of `folder`; its text encoder is tiny, and never called."""
+    """A Z-Image folder that links denoiser and autoencoder of `folder`; its text encoder is tiny and never called."""
     list(checkpoint.write("z-image", target, tiny=True))
     for name in ("transformer", "vae"):
         shutil.rmtree(target / name)
@@ -97,7 +97,7 @@ class Ride:
 
 
 def steps_of(work: Any, step_count: int, device: torch.device) -> tuple[float, float]:
-    """(ms of a middle step, ms of a step by the host's clock) of `work(marks)`, which appends a mark after each step."""
+    """(ms of a middle step, ms of a step by the host's clock) of `work(marks)`; it appends a mark after each step."""
     marks: list[Mark] = []
     synchronize(device)
     start = time.perf_counter()

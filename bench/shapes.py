@@ -74,18 +74,34 @@ def on_meta(build: Callable[..., Any], *arguments: object, **options: object) ->
 
 def z_image(tiny: bool) -> Recipe:
     dit: dict[str, Any] = {}
-    qwen = dict(
-        vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=128,
-    )  # fmt: skip
+    qwen = {
+        "vocab_size": 151936,
+        "hidden_size": 2560,
+        "intermediate_size": 9728,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+    }
     if tiny:
-        dit = dict(
-            dim=128, n_layers=8, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=48, axes_dims=[16, 24, 24]
-        )  # fmt: skip
-        qwen = dict(
-            vocab_size=512, hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=12,
-        )  # fmt: skip
+        dit = {
+            "dim": 128,
+            "n_layers": 8,
+            "n_refiner_layers": 1,
+            "n_heads": 2,
+            "n_kv_heads": 2,
+            "cap_feat_dim": 48,
+            "axes_dims": [16, 24, 24],
+        }
+        qwen = {
+            "vocab_size": 512,
+            "hidden_size": 48,
+            "intermediate_size": 96,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 12,
+        }
     vae = kl_vae(tiny, 16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False, use_post_quant_conv=False)
     size = {"width_px": 64, "height_px": 64} if tiny else {"width_px": 1024, "height_px": 688}
     return Recipe(
@@ -102,44 +118,79 @@ def z_image(tiny: bool) -> Recipe:
 
 
 def kl_vae(tiny: bool, latent_channels: int, **options: object) -> Any:
-    """The FLUX autoencoder's shapes, and SDXL's: they differ in their latents only."""
+    """The FLUX autoencoder's shapes, and SDXL's: they differ around the latents only."""
     widths = [8, 8, 16, 16] if tiny else [128, 256, 512, 512]
     return on_meta(
-        AutoencoderKL, down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-        block_out_channels=widths, layers_per_block=1 if tiny else 2, latent_channels=latent_channels,
-        norm_num_groups=4 if tiny else 32, **options,
-    )  # fmt: skip
+        AutoencoderKL,
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=widths,
+        layers_per_block=1 if tiny else 2,
+        latent_channels=latent_channels,
+        norm_num_groups=4 if tiny else 32,
+        **options,
+    )
 
 
 def sdxl(tiny: bool) -> Recipe:
-    unet: dict[str, Any] = dict(
-        block_out_channels=(320, 640, 1280), transformer_layers_per_block=(1, 2, 10), attention_head_dim=(5, 10, 20),
-        sample_size=128, cross_attention_dim=2048, addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=2816,
-    )  # fmt: skip
-    text = dict(vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-    text_2 = text | dict(
-        hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280
-    )
+    unet: dict[str, Any] = {
+        "block_out_channels": (320, 640, 1280),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "sample_size": 128,
+        "cross_attention_dim": 2048,
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    }
+    text = {
+        "vocab_size": 49408,
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+    }
+    text_2 = text | {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 20,
+        "projection_dim": 1280,
+    }
     if tiny:
-        unet |= dict(
-            block_out_channels=(8, 16, 16), transformer_layers_per_block=(1, 1, 2), attention_head_dim=(2, 4, 4),
-            sample_size=16, cross_attention_dim=64, addition_time_embed_dim=8, norm_num_groups=4,
-            projection_class_embeddings_input_dim=80,
-        )  # fmt: skip
-        text = dict(vocab_size=600, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4)
-        text_2 = text | dict(projection_dim=32)
-    special = dict(bos_token_id=512, eos_token_id=513, pad_token_id=1)
+        unet |= {
+            "block_out_channels": (8, 16, 16),
+            "transformer_layers_per_block": (1, 1, 2),
+            "attention_head_dim": (2, 4, 4),
+            "sample_size": 16,
+            "cross_attention_dim": 64,
+            "addition_time_embed_dim": 8,
+            "norm_num_groups": 4,
+            "projection_class_embeddings_input_dim": 80,
+        }
+        text = {
+            "vocab_size": 600,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+        }
+        text_2 = text | {"projection_dim": 32}
+    special = {"bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 1}
     edge = 128 if tiny else 1024
     return Recipe(
         "StableDiffusionXLPipeline",
         torch.float16,
         {
             "unet": on_meta(
-                UNet2DConditionModel, in_channels=4, out_channels=4, layers_per_block=2, use_linear_projection=True,
+                UNet2DConditionModel,
+                in_channels=4,
+                out_channels=4,
+                layers_per_block=2,
+                use_linear_projection=True,
                 down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
                 up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-                addition_embed_type="text_time", **unet,
+                addition_embed_type="text_time",
+                **unet,
             ),
             "text_encoder": on_meta(
                 transformers.CLIPTextModel, transformers.CLIPTextConfig(**text, **special, hidden_act="quick_gelu")
@@ -152,46 +203,71 @@ def sdxl(tiny: bool) -> Recipe:
         },
         {
             "scheduler": EulerDiscreteScheduler(
-                beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
+                beta_start=0.00085,
+                beta_end=0.012,
+                beta_schedule="scaled_linear",
+                steps_offset=1,
                 timestep_spacing="leading",
             ),
             "tokenizer": clip_tokenizer(),
             "tokenizer_2": clip_tokenizer(),
         },
         {"width_px": edge, "height_px": edge, "step_count": 30},
-    )  # fmt: skip
+    )
 
 
 def qwen_image_edit(tiny: bool) -> Recipe:
     dit: dict[str, Any] = {}
     vae: dict[str, Any] = {}
-    text: dict[str, Any] = dict(
-        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-        num_key_value_heads=4,
-    )  # fmt: skip
-    vision: dict[str, Any] = dict(
-        depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=3584, window_size=112,
-        fullatt_block_indexes=[7, 15, 23, 31],
-    )  # fmt: skip
+    text: dict[str, Any] = {
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+    }
+    vision: dict[str, Any] = {
+        "depth": 32,
+        "hidden_size": 1280,
+        "intermediate_size": 3420,
+        "num_heads": 16,
+        "out_hidden_size": 3584,
+        "window_size": 112,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+    }
     sections = [16, 24, 24]
     if tiny:
-        dit = dict(
-            in_channels=64, out_channels=16, num_layers=3, attention_head_dim=16, num_attention_heads=4,
-            joint_attention_dim=64, axes_dims_rope=(8, 4, 4),
-        )  # fmt: skip
-        vae = dict(base_dim=16, z_dim=16, num_res_blocks=1)
-        text = dict(
-            vocab_size=512, hidden_size=64, intermediate_size=64, num_hidden_layers=3, num_attention_heads=2,
-            num_key_value_heads=2,
-        )  # fmt: skip
-        vision = dict(depth=2, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=64)
+        dit = {
+            "in_channels": 64,
+            "out_channels": 16,
+            "num_layers": 3,
+            "attention_head_dim": 16,
+            "num_attention_heads": 4,
+            "joint_attention_dim": 64,
+            "axes_dims_rope": (8, 4, 4),
+        }
+        vae = {"base_dim": 16, "z_dim": 16, "num_res_blocks": 1}
+        text = {
+            "vocab_size": 512,
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+        }
+        vision = {"depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 64}
         sections = [4, 6, 6]
     rope = {"mrope_section": sections, "rope_type": "default", "type": "default", "rope_theta": 1e6}
     tokenizer = qwen_tokenizer()
     config = transformers.Qwen2_5_VLConfig(
-        text_config={**text, "rope_parameters": rope}, vision_config=vision, vision_start_token_id=259,
-        vision_end_token_id=260, image_token_id=261, tie_word_embeddings=False,
-    )  # fmt: skip
+        text_config={**text, "rope_parameters": rope},
+        vision_config=vision,
+        vision_start_token_id=259,
+        vision_end_token_id=260,
+        image_token_id=261,
+        tie_word_embeddings=False,
+    )
     return Recipe(
         "QwenImageEditPipeline",
         torch.bfloat16,

@@ -45,7 +45,11 @@ from tests.sampler.inprocess import prepared
 from tests.stack import Stack, running
 
 Row = dict[str, Any]
-PEERS = ("block", "leaf", "sequential")
+PEERS = {
+    "block": "group offload, block level",
+    "leaf": "group offload, leaf level",
+    "sequential": "sequential offload",
+}
 SHARES = (0.25, 0.5, 0.75)
 
 
@@ -91,7 +95,7 @@ def remove_hooks(transformer: Any) -> None:
             registry.remove_hook(name, recurse=False)
 
 
-def plain_rows(folder: Path, calls: list[Call], transformer: Any, options: argparse.Namespace) -> Iterator[Row]:
+def plain_rows(calls: list[Call], transformer: Any, options: argparse.Namespace) -> Iterator[Row]:
     device = calls[0].latents.device
     transformer.to(device)
     for riders in (1, 2):
@@ -100,10 +104,7 @@ def plain_rows(folder: Path, calls: list[Call], transformer: Any, options: argpa
         transformer.to("cpu")
         offload(transformer, peer, device)
         runs = 1 if peer == "sequential" else 2
-        name = {"block": "group offload, block level", "leaf": "group offload, leaf level"}.get(
-            peer, "sequential offload"
-        )
-        yield row(name, 2, plain_ride(transformer, calls, options.steps, device, runs))
+        yield row(PEERS[peer], 2, plain_ride(transformer, calls, options.steps, device, runs))
         remove_hooks(transformer)
 
 
@@ -166,19 +167,19 @@ def ratios(rows: list[Row], rate: float) -> Figures:
 
 
 def measure(folder: Path, options: argparse.Namespace, device: torch.device) -> tuple[list[Row], Figures]:
+    """All rows, and the claims."""
     rate = copy_rate(device, 1 << 20 if options.tiny else 1 << 30)
     with tempfile.TemporaryDirectory() as disk:
-        with running(Path(disk), {"m": denoiser_only(folder, Path(disk) / "m")}) as stack:
+        model = denoiser_only(folder, Path(disk) / "m")
+        with running(Path(disk), {"m": model}) as stack:
             stack.loader("--eager-load", extent_bytes="64KiB" if options.tiny else "64MiB")
             transformer = ZImageTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.bfloat16)
             prepared(stack, "m")
-            calls = [Call.of(seed, options.size, transformer, device) for seed in (1, 2)]
             transformer.to(device)
+            calls = [Call.of(seed, options.size, transformer, device) for seed in (1, 2)]
             with torch.inference_mode():
                 references = [forward(transformer, [call])[0] for call in calls]
-            rows = []
-            for each in plain_rows(folder, calls, transformer, options):
-                rows.append(each)
+            rows = list(plain_rows(calls, transformer, options))
             del transformer
             gc.collect()
             if device.type == "cuda":
@@ -194,7 +195,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, help="written by bench/checkpoint.py z-image; made if it is not there")
     parser.add_argument("--size", type=int, nargs=2, default=(1024, 688), metavar="PX")
     parser.add_argument("--steps", type=int, default=9)
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS)
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the code")
     options = parser.parse_args(arguments)
     if options.tiny:

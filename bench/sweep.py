@@ -2,9 +2,9 @@
 
     python bench/sweep.py --folder /tmp/z-image
 
-First Z-Image's transformer alone at 512x512, the engine in this process, 1, 2, 4 and 8 riders. Then whole pipelines over
-gRPC: four requests that differ in size, steps and prompt, each alone and all at once. Prompts of timed requests are new
-to the sampler, so that the text encoder's sweep is in each figure.
+First Z-Image's transformer at 512x512, the engine in this process, with 1, 2, 4 and 8 riders. Then whole pipelines
+over gRPC: four requests that differ in size, steps and prompt, each alone and all at once. Prompts of timed requests
+are new to the sampler, so that the text encoder's sweep is in each figure.
 """
 
 from __future__ import annotations
