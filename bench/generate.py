@@ -1,145 +1,275 @@
-"""Generate at real shapes: the service under a VRAM budget against plain diffusers with everything on the device.
+"""Generate over gRPC with real processes: cold, warm, repeated, several clients, against plain diffusers.
 
     python bench/generate.py --folder /tmp/z-image --max-vram 11
+    python bench/generate.py --folder /tmp/z-image --budgets 2 4 6 8 11 16 0
 
-Writes (once) a Z-Image pipeline folder with random bf16 weights at the real model's shapes, about 20 GB, times plain
-diffusers, then a loader and a sampler over the same folder. Prints ratios of one run, and whether pixels are equal.
-Needs a CUDA device, 30 GB of /dev/shm and of disk.
+The first measures two pictures: on demand from a cold page cache, then after an eager load; with the peak of the
+sampler's device memory as the driver counts it, and the same pictures from plain diffusers, resident and with group
+offload. The second goes through VRAM budgets, in GiB: what is refused and why, else the step time and the peak.
+Prompts of timed requests are new to the sampler, so that the text encoder's sweep is in each figure but `same_prompt`.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
+import mmap
+import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-import transformers
-from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ZImagePipeline
-from diffusers import ZImageTransformer2DModel as Transformer
-from headwater_client import Client
+from headwater_client import HeadwaterError
+from headwater_client.events import Phase
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
-from tests.stack import running
-from tests.tiny_models import qwen_tokenizer
+from bench import checkpoint
+from bench.common import GIB, ROOT, Figures, pick_device, quiet_libraries, report, table
+from bench.serving import Answer, Job, ask, ask_together, prepare, start_sampler
+from bench.vram import Peak, Watch
+from tests.stack import Stack, running
 
-PROMPT, SIZE, STEPS = "a red fox in the snow", (1024, 688), 9
-
-
-def write_folder(folder: Path) -> None:
-    """Z-Image's transformer, Qwen3-4B and the FLUX autoencoder at their real shapes, random bf16 weights."""
-    torch.set_default_dtype(torch.bfloat16)
-    with torch.device("cuda"):
-        transformer = Transformer()
-        encoder = transformers.Qwen3Model(
-            transformers.Qwen3Config(
-                vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36,
-                num_attention_heads=32, num_key_value_heads=8, head_dim=128,
-            )
-        )  # fmt: skip
-        vae = AutoencoderKL(
-            down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-            block_out_channels=[128, 256, 512, 512], layers_per_block=2, latent_channels=16, use_quant_conv=False,
-            use_post_quant_conv=False, scaling_factor=0.3611, shift_factor=0.1159,
-        )  # fmt: skip
-    torch.set_default_dtype(torch.float32)
-    for module in (transformer, encoder, vae):
-        module.eval().requires_grad_(False)
-        for param in module.parameters():
-            if param.ndim > 1:
-                param.normal_(0, 0.02)
-    ZImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae, text_encoder=encoder,
-        tokenizer=qwen_tokenizer(), transformer=transformer,
-    ).save_pretrained(folder)  # fmt: skip
-    del transformer, encoder, vae
+PROMPT = "a red fox in the snow"
+READERS, PIECE_BYTES = 16, 32 << 20
 
 
-def plain(folder: Path, seeds: range) -> tuple[list[np.ndarray], float]:
-    """Pictures of plain diffusers with everything resident, and seconds for two of them one by one, warm."""
-    pipeline: Any = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16).to("cuda")
-    pipeline.set_progress_bar_config(disable=True)
+# ---- the disk
 
-    def draw(seed: int) -> np.ndarray:
-        generator = torch.Generator().manual_seed(seed)
-        result = pipeline(
-            PROMPT, width=SIZE[0], height=SIZE[1], num_inference_steps=STEPS, guidance_scale=0.0, generator=generator
-        )
-        return np.asarray(result.images[0])
 
-    draw(0)
+def weights(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*/*.safetensors"))
+
+
+def drop_page_cache() -> bool:
+    """Forget what the kernel remembers of files; False where that is not allowed."""
+    os.sync()
+    with suppress(OSError):
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+        return True
+    return False
+
+
+def disk_rate(files: list[Path]) -> float:
+    """Bytes per second of a plain parallel read of the files around the page cache, each byte once."""
+    pieces = [(file, at) for file in files for at in range(0, file.stat().st_size, PIECE_BYTES)]
+
+    def read(piece: tuple[Path, int]) -> int:
+        file, at = piece
+        try:
+            fd = os.open(file, os.O_RDONLY | os.O_DIRECT)
+        except OSError:  # no such way on this file system
+            fd = os.open(file, os.O_RDONLY)
+        try:
+            with mmap.mmap(-1, PIECE_BYTES) as buffer:
+                return os.preadv(fd, [buffer], at)
+        finally:
+            os.close(fd)
+
     start = time.perf_counter()
-    pictures = [draw(seed) for seed in seeds[:2]]
-    seconds = time.perf_counter() - start
-    pictures += [draw(seed) for seed in seeds[2:]]
-    return pictures, seconds
+    with ThreadPoolExecutor(READERS) as pool:
+        read_bytes = sum(pool.map(read, pieces))
+    return read_bytes / (time.perf_counter() - start)
 
 
-def served(address: str, seed: int, count: int) -> tuple[list[np.ndarray], float, Any]:
-    with Client(address) as client:
+# ---- the service
+
+
+@contextmanager
+def served(folder: Path) -> Iterator[Stack]:
+    """A stack over one folder as the model "z", with nothing started yet."""
+    with tempfile.TemporaryDirectory() as disk, running(Path(disk), {"z": folder}) as stack:
+        yield stack
+
+
+def flags(max_vram: str) -> tuple[str, ...]:
+    return ("--max-vram", max_vram, "--riders", "8")
+
+
+def cold(folder: Path, job: Job, options: argparse.Namespace, device: torch.device) -> tuple[Figures, Answer]:
+    """On demand: nothing in memory, the first request makes the loader read."""
+    dropped = not options.tiny and drop_page_cache()
+    rate = disk_rate(weights(folder))
+    with served(folder) as stack:
+        stack.loader(extent_bytes=options.extent_bytes)
+        address = start_sampler(stack, device, options.tiny, *flags(options.max_vram)).addresses[0]
+        if dropped:
+            drop_page_cache()
+        answer = ask(address, job)
+    size = sum(file.stat().st_size for file in weights(folder))
+    return {
+        "page_cache_dropped": dropped,
+        "disk_gb_s": rate / 1e9,
+        "cold_s": answer.seconds,
+        "read_alone_s": size / rate,
+    }, answer
+
+
+def warm(folder: Path, job: Job, options: argparse.Namespace, device: torch.device) -> tuple[Figures, list[Answer]]:
+    """After an eager load: one client, four, and the same prompt again; peak memory over all of it."""
+    with served(folder) as stack:
+        watch = Watch(device)
         start = time.perf_counter()
-        result = client.generate(
-            PROMPT, width=SIZE[0], height=SIZE[1], steps=STEPS, guidance_scale=0.0, seed=seed, count=count, timeout=300
+        stack.loader("--eager-load", extent_bytes=options.extent_bytes)
+        sampler = start_sampler(stack, device, options.tiny, *flags(options.max_vram))
+        address = sampler.addresses[0]
+        with watch.of(sampler.pid) as peak:
+            prepare(address)
+            ready_s = time.perf_counter() - start
+            ask(address, job.take("first"))
+            two = min((ask(address, job.take(f"two {n}")) for n in range(2)), key=lambda a: a.seconds)
+            four_jobs = [replace(job.take(f"four {n}"), count=1, seed=n) for n in range(4)]
+            ask_together([address], four_jobs)
+            four, four_s = ask_together([address], [replace(j.take("again"), seed=j.seed) for j in four_jobs])
+            memo = same_prompt(address, replace(job, count=1))
+            picture = ask(address, job)
+            status_of_four = [ask(address, replace(j.take("again"), seed=j.seed)).hashes for j in four_jobs]
+    return {
+        "eager_ready_s": ready_s,
+        "warm_s": two.seconds,
+        "warm_streamed_bytes": two.finished.streamed_bytes,
+        "warm_stall_s": two.finished.stall_time_s,
+        "four_clients_s": four_s,
+        "four_clients_bit_equal": [a.hashes for a in four] == status_of_four,
+        **memo,
+        **peak_figures(peak, options.max_vram),
+    }, [picture, two]
+
+
+def same_prompt(address: str, job: Job) -> Figures:
+    """A new prompt, then the same again: what the text encoders had to do with the second."""
+    first = ask(address, job.take("memo"))
+    second = ask(address, replace(job.take("memo"), seed=job.seed + 1))
+    return {
+        "new_prompt_s": first.seconds,
+        "same_prompt_s": second.seconds,
+        "new_prompt_bytes": first.finished.streamed_bytes,
+        "same_prompt_bytes": second.finished.streamed_bytes,
+        "text_encoder_bytes": first.finished.streamed_bytes - second.finished.streamed_bytes,
+        # Bytes are counted gate by gate: who never entered the phase passed no gate of a text encoder.
+        "same_prompt_encodes": Phase.ENCODING in second.finished.phase_times_s,
+    }
+
+
+def peak_figures(peak: Peak, max_vram: str) -> Figures:
+    if peak.used_bytes is None:
+        return {"peak_gib": None, "within_budget": None, "peak_of": ""}
+    budget = float(max_vram)
+    within = peak.used_bytes <= budget * GIB if budget > 0 else None
+    return {"peak_gib": peak.used_bytes / GIB, "within_budget": within, "peak_of": peak.way}
+
+
+# ---- against plain diffusers
+
+
+def plain(folder: Path, job: Job) -> tuple[Figures, np.ndarray]:
+    """Figures and pictures of bench/plain.py in a process of its own."""
+    with tempfile.TemporaryDirectory() as disk:
+        file = Path(disk) / "pictures.npz"
+        size = (str(job.width_px), str(job.height_px))
+        command = [sys.executable, str(ROOT / "bench" / "plain.py"), "--folder", str(folder), "--pictures", str(file)]
+        command += ["--prompt", job.prompt, "--size", *size, "--steps", str(job.step_count), "--seed", str(job.seed)]
+        path = os.pathsep.join(sys.path)
+        run = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": path}
         )
-        return [np.asarray(i.pil) for i in result.images], time.perf_counter() - start, result.finished
+        if run.returncode:
+            raise RuntimeError(run.stderr)
+        figures = json.loads(run.stdout.splitlines()[-1])
+        return {key: figures[key] for key in figures if key.endswith(("_s", "_bytes"))}, np.load(file)["pictures"]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--max-vram", default="11")
-    options = parser.parse_args()
-    rows: dict[str, object] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
-    if not options.folder.exists():
-        write_folder(options.folder)
-    gc.collect()
-    torch.cuda.empty_cache()
-    references, resident_s = plain(options.folder, range(1, 5))
-    gc.collect()
-    torch.cuda.empty_cache()
-    rows["plain diffusers, all resident, 2 pictures one by one: s"] = resident_s
-    with tempfile.TemporaryDirectory() as disk, running(Path(disk), {"z": options.folder}) as stack:
-        start = time.perf_counter()
-        loader = stack.loader("--eager-load", extent_bytes="64MiB")
-        sampler = stack.sampler("--device", "cuda", "--max-vram", options.max_vram, gate_limit=512 << 20)
-        rows["first picture after start of loader and sampler: s"] = 0.0
-        served(sampler.addresses[0], 1, 1)
-        rows["first picture after start of loader and sampler: s"] = time.perf_counter() - start
-        served(sampler.addresses[0], 1, 2)
-        two, two_s, finished = served(sampler.addresses[0], 1, 2)
-        start = time.perf_counter()
-        with ThreadPoolExecutor(4) as pool:
-            four = list(pool.map(lambda seed: served(sampler.addresses[0], seed, 1), range(1, 5)))
-        four_s = time.perf_counter() - start
-        with Client(sampler.addresses[0]) as client:
-            status = client.status()
-        rows |= {
-            "service, 2 pictures, warm: s": two_s,
-            "  bytes streamed for them, GB": finished.streamed_bytes / 1e9,
-            "  ratio to plain resident": two_s / resident_s,
-            "service, 4 requests at once, warm: s": four_s,
-            "  ratio to 2 pictures": four_s / two_s,
-            "bit-equal to plain diffusers": [
-                bool(np.array_equal(a, b))
-                for a, b in zip([*two, *(f[0][0] for f in four)], [*references[:2], *references], strict=True)
-            ],
-            "transfer": status.transfer,
-            "VRAM in use, GiB": status.vram_used_bytes / 2**30,
-        }
-        print(sampler.log.read_text()[-2000:], loader.log.read_text()[-1500:], file=sys.stderr)
-    rows["commit"] = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    print(json.dumps(rows, indent=1))
+def two_pictures(folder: Path, job: Job, options: argparse.Namespace, device: torch.device) -> Figures:
+    """The whole comparison."""
+    figures, cold_answer = cold(folder, job, options, device)
+    more, (picture, _) = warm(folder, job, options, device)
+    peers, references = plain(folder, job)
+    figures |= more
+    figures |= {f"plain_{key}": value for key, value in peers.items()}
+
+    def number(key: str) -> float:
+        value = figures[key]
+        assert isinstance(value, float)
+        return value
+
+    drawn = [np.stack([np.asarray(image.pil) for image in answer.images]) for answer in (cold_answer, picture)]
+    return figures | {
+        "warm_to_group_offload": number("warm_s") / number("plain_group_offload_s"),
+        "warm_to_resident": number("warm_s") / number("plain_resident_s"),
+        "cold_to_read_and_warm": number("cold_s") / (number("read_alone_s") + number("warm_s")),
+        "cold_to_limit": number("cold_s") / (1.10 * number("read_alone_s") + number("warm_s")),
+        "eager_ready_to_read_alone": number("eager_ready_s") / number("read_alone_s"),
+        "bit_equal_to_plain": all(np.array_equal(one, references) for one in drawn),
+    }
+
+
+# ---- budgets
+
+
+def budgets(folder: Path, job: Job, options: argparse.Namespace, device: torch.device) -> list[Figures]:
+    """A row for each budget."""
+    rows = []
+    with served(folder) as stack:
+        stack.loader("--eager-load", extent_bytes=options.extent_bytes)
+        for budget in options.budgets:
+            watch = Watch(device)
+            row: Figures = {"max_vram_gib": budget, "refused": "", "step_s": None, "two_pictures_s": None}
+            try:
+                sampler = start_sampler(stack, device, options.tiny, *flags(budget))
+            except AssertionError as error:  # it ended, and this is its log
+                rows.append(row | {"refused": str(error).strip().splitlines()[-1]} | peak_figures(Peak(), budget))
+                continue
+            with watch.of(sampler.pid) as peak:
+                try:
+                    row |= at_budget(sampler.addresses[0], job)
+                except HeadwaterError as error:
+                    row["refused"] = str(error)
+            sampler.stop()
+            rows.append(row | peak_figures(peak, budget))
+    return rows
+
+
+def at_budget(address: str, job: Job) -> Figures:
+    """Seconds of the whole, and of one step: what the steps after the first add."""
+    prepare(address)
+    ask(address, job.take("first"))
+    whole = min(ask(address, job.take(f"{n}")).seconds for n in range(2))
+    one = min(ask(address, replace(job, step_count=1).take(f"one {n}")).seconds for n in range(2))
+    return {"step_s": (whole - one) / (job.step_count - 1), "two_pictures_s": whole}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, help="written by bench/checkpoint.py z-image; made if it is not there")
+    parser.add_argument("--max-vram", default="11", metavar="GIB")
+    parser.add_argument("--budgets", nargs="+", metavar="GIB", help="go through these instead; 0: all that is free")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the code")
+    options = parser.parse_args(arguments)
+    options.extent_bytes = "64KiB" if options.tiny else "64MiB"
+    job = Job(PROMPT, 64, 48, 3, count=2) if options.tiny else Job(PROMPT, 1024, 688, 9, count=2)
+    quiet_libraries()
+    device = pick_device()
+    with tempfile.TemporaryDirectory() as disk:
+        folder = options.folder or Path(disk) / "z-image"
+        list(checkpoint.write("z-image", folder, tiny=options.tiny))
+        if options.budgets:
+            rows = budgets(folder, job, options, device)
+            table("VRAM budgets", list(rows[0]), [list(row.values()) for row in rows])
+            report("generate", device, {"budgets": rows})
+        else:
+            figures = two_pictures(folder, job, options, device)
+            table(
+                f"two pictures {job.width_px}x{job.height_px}, {job.step_count} steps", ("", ""), list(figures.items())
+            )
+            report("generate", device, {"max_vram_gib": options.max_vram, **figures})
 
 
 if __name__ == "__main__":

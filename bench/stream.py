@@ -1,0 +1,220 @@
+"""One denoise step of Z-Image's transformer: on the device, streamed, and as diffusers and accelerate offload it.
+
+    python bench/stream.py --folder /tmp/z-image
+
+Everything in one process and one run, eager. "Ours" is the engine and its ring over a real loader's arenas, with riders
+that call the attached transformer; each output is compared bit for bit with plain diffusers'. A step is timed from one
+mark on the device's clock to another, without the first two of a run, the best of two runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ZImageTransformer2DModel
+from diffusers.hooks import HookRegistry
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+
+from bench import checkpoint
+from bench.common import Figures, copy_rate, pick_device, quiet_libraries, report, table
+from bench.riding import (
+    UNLIMITED,
+    Call,
+    Mark,
+    Ride,
+    attached_to,
+    budget_for,
+    denoiser_only,
+    forward,
+    mark,
+    new_ring,
+    resident_share,
+    ride,
+    step_bytes,
+    steps_of,
+)
+from tests.sampler.inprocess import prepared
+from tests.stack import Stack, running
+
+Row = dict[str, Any]
+PEERS = {
+    "block": "group offload, block level",
+    "leaf": "group offload, leaf level",
+    "sequential": "sequential offload",
+}
+SHARES = (0.25, 0.5, 0.75)
+
+
+# ---- plain diffusers
+
+
+def plain_ride(transformer: Any, calls: Sequence[Call], step_count: int, device: torch.device, runs: int = 2) -> Ride:
+    """`step_count` forwards of all calls as one batch; times are the best of `runs`."""
+    best = Ride()
+
+    def work(marks: list[Mark]) -> None:
+        result.outputs = [[output] for output in forward(transformer, calls)]
+        marks.append(mark(device))
+        for _ in range(step_count - 1):
+            forward(transformer, calls)
+            marks.append(mark(device))
+
+    with torch.inference_mode():
+        for _ in range(runs + 1):
+            result = Ride()
+            result.step_ms, result.wall_ms = steps_of(work, step_count, device)
+            best = min(best, result, key=lambda r: r.step_ms)
+    return best
+
+
+def offload(transformer: Any, peer: str, device: torch.device) -> None:
+    """Set one of the peers up on a transformer that lies in host memory."""
+    if peer == "sequential":
+        from accelerate import cpu_offload
+
+        cpu_offload(transformer, device)
+        return
+    streams = {"use_stream": True, "record_stream": True} if device.type == "cuda" else {}
+    kind = {"block": {"offload_type": "block_level", "num_blocks_per_group": 1}, "leaf": {"offload_type": "leaf_level"}}
+    transformer.enable_group_offload(onload_device=device, offload_device=torch.device("cpu"), **streams, **kind[peer])
+
+
+def remove_hooks(transformer: Any) -> None:
+    """Undo a group offload; the params stay in host memory."""
+    for module in transformer.modules():
+        registry: HookRegistry | None = getattr(module, "_diffusers_hook", None)
+        for name in list(registry.hooks) if registry else ():
+            registry.remove_hook(name, recurse=False)
+
+
+def plain_rows(calls: list[Call], transformer: Any, options: argparse.Namespace) -> Iterator[Row]:
+    device = calls[0].latents.device
+    transformer.to(device)
+    for riders in (1, 2):
+        yield row("plain diffusers, resident", riders, plain_ride(transformer, calls[:riders], options.steps, device))
+    for peer in options.peers:
+        transformer.to("cpu")
+        offload(transformer, peer, device)
+        runs = 1 if peer == "sequential" else 2
+        yield row(PEERS[peer], 2, plain_ride(transformer, calls, options.steps, device, runs))
+        remove_hooks(transformer)
+
+
+def row(name: str, riders: int, measured: Ride, **more: object) -> Row:
+    times = {"step_ms": measured.step_ms, "wall_ms": measured.wall_ms}
+    return {"what": name, "riders": riders, **times, "ride": measured, **more}
+
+
+# ---- ours
+
+
+def our_rows(stack: Stack, calls: list[Call], options: argparse.Namespace, device: torch.device) -> Iterator[Row]:
+    """Nothing resident, then all, then the shares between."""
+    budgets: dict[str, int | None] = {"ours, nothing resident": None, "ours, resident": UNLIMITED}
+    for name in list(budgets):
+        with attached_to(stack, "m", new_ring(device, budgets[name]), options.tiny) as model:
+            for riders in (1, 2):
+                yield our_row(model, name, calls[:riders], options.steps)
+            shares = {f"ours, {share:.0%} resident": budget_for(model, share) for share in SHARES}
+    for name, budget in shares.items():
+        with attached_to(stack, "m", new_ring(device, budget), options.tiny) as model:
+            yield our_row(model, name, calls, options.steps)
+
+
+def our_row(model: Any, name: str, calls: Sequence[Call], step_count: int) -> Row:
+    measured = ride(model, calls, step_count)
+    return row(
+        name, len(calls), measured, step_bytes=step_bytes(model), counted_bytes=measured.streamed_bytes,
+        resident_share=resident_share(model),
+    )  # fmt: skip
+
+
+# ---- what is claimed
+
+
+def ratios(rows: list[Row], rate: float) -> Figures:
+    """The claims, from the rows of this run."""
+
+    def step(name: str, riders: int = 2) -> float | None:
+        return next((r["step_ms"] for r in rows if r["what"] == name and r["riders"] == riders), None)
+
+    def ratio(one: float | None, other: float | None) -> float | None:
+        return one / other if one is not None and other else None
+
+    streamed = next(r for r in rows if r["what"] == "ours, nothing resident" and r["riders"] == 2)
+    bus_ms = streamed["step_bytes"] / rate * 1e3
+    block = step("group offload, block level")
+    floor_ms = max(bus_ms, step("ours, resident") or 0.0)
+    return {
+        "bus_ms": bus_ms,
+        "floor_ms": floor_ms,
+        "batch_of_two_ms": step("plain diffusers, resident"),
+        "streamed_to_floor": ratio(streamed["step_ms"], floor_ms),
+        "streamed_to_group_block": ratio(streamed["step_ms"], block),
+        "half_resident_to_group_block": ratio(step("ours, 50% resident"), block),
+        "streamed_to_batch_of_two": ratio(streamed["step_ms"], step("plain diffusers, resident")),
+        "resident_to_plain_one": ratio(step("ours, resident", 1), step("plain diffusers, resident", 1)),
+        "all_bit_equal": all(r["bit_equal"] for r in rows if r["what"].startswith("ours")),
+    }
+
+
+def measure(folder: Path, options: argparse.Namespace, device: torch.device) -> tuple[list[Row], Figures]:
+    """All rows, and the claims."""
+    rate = copy_rate(device, 1 << 20 if options.tiny else 1 << 30)
+    with tempfile.TemporaryDirectory() as disk:
+        model = denoiser_only(folder, Path(disk) / "m")
+        with running(Path(disk), {"m": model}) as stack:
+            stack.loader("--eager-load", extent_bytes="64KiB" if options.tiny else "64MiB")
+            transformer = ZImageTransformer2DModel.from_pretrained(folder / "transformer", torch_dtype=torch.bfloat16)
+            prepared(stack, "m")
+            transformer.to(device)
+            calls = [Call.of(seed, options.size, transformer, device) for seed in (1, 2)]
+            with torch.inference_mode():
+                references = [forward(transformer, [call])[0] for call in calls]
+            rows = list(plain_rows(calls, transformer, options))
+            del transformer
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            rows += our_rows(stack, calls, options, device)
+    for each in rows:
+        each["bit_equal"] = each.pop("ride").equals(references[: each["riders"]])
+    return rows, {"copy_rate_gb_s": rate / 1e9, **ratios(rows, rate)}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, help="written by bench/checkpoint.py z-image; made if it is not there")
+    parser.add_argument("--size", type=int, nargs=2, default=(1024, 688), metavar="PX")
+    parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the code")
+    options = parser.parse_args(arguments)
+    if options.tiny:
+        options.size, options.steps = (64, 48), 4
+    quiet_libraries()
+    device = pick_device()
+    with tempfile.TemporaryDirectory() as disk:
+        folder = options.folder or Path(disk) / "z-image"
+        list(checkpoint.write("z-image", folder, tiny=options.tiny))
+        rows, figures = measure(folder, options, device)
+    keys = ("step_ms", "wall_ms", "step_bytes", "counted_bytes", "resident_share", "bit_equal")
+    table(
+        f"one step of Z-Image's transformer at {options.size[0]}x{options.size[1]}",
+        ("", "riders", *keys),
+        [(r["what"], r["riders"], *(r.get(key) for key in keys)) for r in rows],
+    )
+    table("ratios of this run", ("", ""), list(figures.items()))
+    report("stream", device, {"size_px": list(options.size), "rows": rows, **figures})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""Many riders on one sweep, with nothing resident: what they cost together, and that none of them notices the others.
+
+    python bench/sweep.py --folder /tmp/z-image
+
+First Z-Image's transformer at 512x512, the engine in this process, with 1, 2, 4 and 8 riders. Then whole pipelines
+over gRPC: four requests that differ in size, steps and prompt, each alone and all at once. Prompts of timed requests
+are new to the sampler, so that the text encoder's sweep is in each figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+
+from bench import checkpoint
+from bench.common import Figures, pick_device, quiet_libraries, report, table
+from bench.riding import Call, attached_to, denoiser_only, new_ring, ride, step_bytes
+from bench.serving import Job, ask, ask_together, prepare, start_sampler
+from tests.stack import Stack, running
+
+RIDERS = (1, 2, 4, 8)
+JOBS = (
+    Job("a red fox in the snow", 1024, 688, 9, seed=1),
+    Job("a lighthouse at dusk", 512, 512, 9, seed=2),
+    Job("a bowl of plums on a table", 768, 512, 6, seed=3),
+    Job("two birds", 640, 448, 9, seed=4),
+)
+TINY_JOBS = (
+    Job("a red fox", 96, 64, 3, seed=1),
+    Job("a lighthouse", 64, 64, 3, seed=2),
+    Job("plums", 64, 48, 2, seed=3),
+    Job("two birds", 48, 64, 3, seed=4),
+)
+
+
+def shared_steps(stack: Stack, options: argparse.Namespace, device: torch.device) -> tuple[list[Figures], Figures]:
+    """A row for each number of riders, and the claims."""
+    rows: list[dict[str, Any]] = []
+    with attached_to(stack, "m", new_ring(device, None), options.tiny) as model:
+        transformer = model.pipeline.transformer
+        calls = [Call.of(seed, options.size, transformer, device) for seed in range(max(RIDERS))]
+        alone = [ride(model, [call], 3, runs=1).outputs[0][0] for call in calls]
+        for count in RIDERS:
+            measured = ride(model, calls[:count], options.steps)
+            one_ms = rows[0]["step_ms"] if rows else measured.step_ms
+            rows.append(
+                {
+                    "riders": count,
+                    "step_ms": measured.step_ms,
+                    "to_one_rider": measured.step_ms / one_ms,
+                    "throughput_to_one_at_a_time": count * one_ms / measured.step_ms,
+                    "streamed_bytes": measured.streamed_bytes,
+                    "bit_equal_to_alone": measured.equals(alone[:count]),
+                }
+            )
+        needed = step_bytes(model)
+    by_count = {row["riders"]: row for row in rows}
+    return rows, {
+        "step_bytes": needed,
+        "four_riders_to_one": by_count[4]["to_one_rider"],
+        "eight_riders_throughput": by_count[8]["throughput_to_one_at_a_time"],
+        "riders_bit_equal": all(row["bit_equal_to_alone"] for row in rows),
+    }
+
+
+def whole_pipelines(stack: Stack, options: argparse.Namespace, device: torch.device) -> tuple[list[Figures], Figures]:
+    """A row for each request, and the claims."""
+    jobs = TINY_JOBS if options.tiny else JOBS
+    address = start_sampler(stack, device, options.tiny, "--no-stream-layers", "--riders", str(len(jobs))).addresses[0]
+    prepare(address)
+    for job in jobs:  # each shape once: libraries choose their kernels
+        ask(address, job.take("warm"))
+    alone = [min((ask(address, job.take(f"alone {n}")) for n in range(2)), key=lambda a: a.seconds) for job in jobs]
+    runs = [ask_together([address], [job.take(f"all {n}") for job in jobs]) for n in range(2)]
+    answers, all_s = min(runs, key=lambda run: run[1])
+    again = [[ask(address, job.take(f"all {n}")).hashes for job in jobs] for n in range(2)]
+    rows: list[Figures] = [
+        {
+            "size_px": f"{job.width_px}x{job.height_px}",
+            "steps": job.step_count,
+            "alone_s": one.seconds,
+            "together_s": answer.seconds,
+            "bit_equal_to_alone": all(run[0][at].hashes == again[n][at] for n, run in enumerate(runs)),
+        }
+        for at, (job, one, answer) in enumerate(zip(jobs, alone, answers, strict=True))
+    ]
+    slowest_s = max(answer.seconds for answer in alone)
+    return rows, {
+        "all_at_once_s": all_s,
+        "slowest_alone_s": slowest_s,
+        "all_to_slowest_alone": all_s / slowest_s,
+        "throughput_to_one_after_the_other": sum(answer.seconds for answer in alone) / all_s,
+        "pictures_bit_equal": all(row["bit_equal_to_alone"] for row in rows),
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, help="written by bench/checkpoint.py z-image; made if it is not there")
+    parser.add_argument("--size", type=int, nargs=2, default=(512, 512), metavar="PX")
+    parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the code")
+    options = parser.parse_args(arguments)
+    if options.tiny:
+        options.size, options.steps = (64, 48), 4
+    quiet_libraries()
+    device = pick_device()
+    with tempfile.TemporaryDirectory() as disk:
+        folder = options.folder or Path(disk) / "z-image"
+        list(checkpoint.write("z-image", folder, tiny=options.tiny))
+        models = {"m": denoiser_only(folder, Path(disk) / "m"), "z": folder}
+        with running(Path(disk), models) as stack:
+            stack.loader("--eager-load", extent_bytes="64KiB" if options.tiny else "64MiB")
+            steps, claims = shared_steps(stack, options, device)
+            requests, more = whole_pipelines(stack, options, device)
+    table(
+        f"one step of Z-Image's transformer at {options.size[0]}x{options.size[1]}, nothing resident",
+        list(steps[0]), [list(row.values()) for row in steps],
+    )  # fmt: skip
+    table("four requests over gRPC, nothing resident", list(requests[0]), [list(row.values()) for row in requests])
+    table("ratios of this run", ("", ""), list((claims | more).items()))
+    report("sweep", device, {"size_px": list(options.size), "steps": steps, "requests": requests, **claims, **more})
+
+
+if __name__ == "__main__":
+    main()
