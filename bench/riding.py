@@ -15,8 +15,10 @@ from typing import Any
 import torch
 
 from bench import checkpoint
-from bench.common import GIB, synchronize
+from bench.common import synchronize
+from services.sampler.driver import Driver
 from services.sampler.model import AttachedModel
+from services.sampler.registration import Registrar
 from services.sampler.riders import Rider
 from services.sampler.transfer import Ring
 from tests.sampler.inprocess import attached, under_baton
@@ -153,7 +155,8 @@ def ride_once(
 
 def new_ring(device: torch.device, budget_bytes: int | None = UNLIMITED) -> Ring:
     """The transfer under a budget for params; None: nothing stays on the device."""
-    return Ring(device, budget_bytes or UNLIMITED, keep_residents=budget_bytes is not None)
+    registrar = Registrar(device, Driver()) if device.type == "cuda" else None
+    return Ring(device, budget_bytes or UNLIMITED, keep_residents=budget_bytes is not None, registrar=registrar)
 
 
 @contextmanager
@@ -161,7 +164,8 @@ def attached_to(stack: Stack, name: str, ring: Ring, tiny: bool) -> Iterator[Att
     """The model on a ring, its arenas page-locked; all memory is given back at the end."""
     try:
         with attached(stack, name, ring, TINY_GATE_LIMIT if tiny else GATE_LIMIT) as model:
-            await_registration(model)
+            while not ring.is_registered():  # then copies run at the bus's speed
+                time.sleep(0.01)
             yield model
             under_baton(model.engine, model.detach)
             del model
@@ -169,12 +173,6 @@ def attached_to(stack: Stack, name: str, ring: Ring, tiny: bool) -> Iterator[Att
         gc.collect()
         if ring.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def await_registration(model: AttachedModel) -> None:
-    """Wait until copies run at the bus's speed: 20 GB are page-locked in 1 to 2 s, beside other work."""
-    if model.engine.transfer.device.type == "cuda":
-        time.sleep(1 + model.size_bytes / (6 * GIB))
 
 
 def budget_for(model: AttachedModel, share: float, slot_count: int = 3) -> int:
