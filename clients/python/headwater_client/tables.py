@@ -18,9 +18,9 @@ from .run import Run
 
 PIPE_WIDTH = 1000
 LATENCIES = {
-    "started": "Started (queue)",
-    "progress": "first progress",
-    "picture": "first picture byte",
+    "started": "until Started (queue)",
+    "progress": "until first progress",
+    "picture": "until first picture byte",
     "whole": "whole request",
 }
 
@@ -127,7 +127,7 @@ def _figure(value: float | None, form: str, unit: str = "") -> str:
 
 
 def _latencies(spreads: Mapping[str, Spread | None]) -> Table:
-    table = _table("SECONDS UNTIL", "P50", "P90", "P99", "MAX")
+    table = _table("LATENCY, SECONDS", "P50", "P90", "P99", "MAX")
     for column in table.columns[1:]:
         column.justify = "right"
     for mark, words in LATENCIES.items():
