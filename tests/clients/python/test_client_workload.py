@@ -74,7 +74,7 @@ def test_the_warm_up_comes_first_and_is_not_measured(theatre: Theatre, sampler: 
     sampler.scripts = [fail, draw]
     run = drive(theatre, address, Workload(("a",), request_count=3, client_count=3, warm_up_count=2))
 
-    assert asked(sampler)[:2] == [("a", 0), ("a", 1)]
+    assert sorted(asked(sampler)[:2]) == [("a", 0), ("a", 1)]
     assert sorted(asked(sampler)[2:]) == [("a", 0), ("a", 1), ("a", 2)]
     assert (len(run.warm_up), len(run.samples)) == (2, 3)
     assert [(each.message, each.count) for each in run.warm_up_failures] == [("cold", 1)]
