@@ -1,6 +1,8 @@
 """From the messages of one Generate to its events: pictures are put together and checked here."""
 
 import hashlib
+import time
+from collections.abc import Callable
 
 from headwater.sampler.v1 import sampler_pb2 as pb
 
@@ -10,11 +12,16 @@ from .events import Event, Finished, Image, Result, Started
 
 
 class Assembly:
-    """Turns messages into events, one call after another; holds the parts of the picture that is coming in."""
+    """Turns messages into events, one call after another; holds the parts of the picture that is coming in.
 
-    def __init__(self) -> None:
+    `clock` gives seconds and serves Image.transfer_s only.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._parts = bytearray()
         self._index: int | None = None
+        self._began_s = 0.0
         self._finished = False
 
     def event(self, message: pb.GenerateResponse) -> Event | None:
@@ -45,14 +52,16 @@ class Assembly:
     def _chunk(self, chunk: pb.ImageChunk) -> Image | None:
         if self._index not in (None, chunk.image_index):
             raise BrokenReply(f"picture {self._index} is not complete, but a part of {chunk.image_index} came")
-        self._index = chunk.image_index
+        if self._index is None:
+            self._index, self._began_s = chunk.image_index, self._clock()
         self._parts += chunk.data
         if not chunk.HasField("last"):
             return None
+        transfer_s = self._clock() - self._began_s
         data = bytes(self._parts)
         self._parts, self._index = bytearray(), None
         _check(chunk.image_index, data, chunk.last)
-        return wire.image(chunk.image_index, data, chunk.last)
+        return wire.image(chunk.image_index, data, chunk.last, transfer_s)
 
     def _finish(self, message: pb.Finished) -> Finished:
         if self._index is not None:

@@ -13,22 +13,12 @@ from typing import Any
 
 import click
 
-from . import display, tables
+from . import display, flags, tables
+from .bench import bench
 from .blocking import Client
 from .errors import HeadwaterError, InvalidRequest
 from .events import Event, Finished, Image, Preview
-from .outputs import Outputs, parse_size
-
-address = click.option(
-    "--address",
-    envvar="HEADWATER_ADDRESS",
-    default="127.0.0.1:50051",
-    show_default=True,
-    show_envvar=True,
-    help="unix:/path or host:port; several with commas.",
-)
-as_json = click.option("--json", "as_json", is_flag=True, help="One JSON document on stdout, no bars.")
-timeout = click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds for everything.")
+from .outputs import Outputs
 
 
 def _version() -> str:
@@ -54,35 +44,29 @@ def cli() -> None:
     show_default=True,
     help="File for the picture: .png, .jpg, .jpeg or .webp. With --count above 1: out-0.png, out-1.png, ...",
 )
-@click.option("--model", help="Name of the model; default: the only one.")
-@click.option("--size", help="WIDTHxHEIGHT in pixels; default: the model's.")
-@click.option("--steps", type=int, help="Denoise steps; default: the model's.")
+@flags.picture
 @click.option("--seed", type=int, help="Seed of the first picture; the next ones count up.")
-@click.option("--count", type=int, default=1, show_default=True, help="Pictures.")
-@click.option("--guidance", type=float, help="guidance_scale; default: the model's.")
-@click.option("--cfg", type=float, help="true_cfg_scale, where the model has one.")
-@click.option("--negative", help="What to steer away from.")
 @click.option("--quality", type=int, help="Of .jpg and .webp, 1 to 100.")
 @click.option("--save-preview", type=click.Path(path_type=Path), metavar="DIR", help="Keep previews there.")
 @click.option("--preview-every", type=int, metavar="N", help="Steps between previews; 1 with --save-preview.")
 @click.option("--retries", type=int, help="Further attempts while the server is gone or its queue is full.")
-@timeout
-@as_json
+@flags.timeout
+@flags.as_json
 @click.option("--quiet", is_flag=True, help="No bars and no file names; errors only.")
-@address
-def generate(prompt: str, output: Path, size: str | None, save_preview: Path | None, **flags: Any) -> None:
+@flags.address
+def generate(prompt: str, output: Path, save_preview: Path | None, **given: Any) -> None:
     """Draw PROMPT and print the names of the files; existing files are replaced.
 
     A file appears when its picture is complete, and is never half written. If a later picture fails, the earlier
     files stay.
     """
-    outputs = Outputs(output, flags["count"], save_preview)
+    outputs = Outputs(output, given["count"], save_preview)
     outputs.check()
-    options = _options(outputs, size, flags)
+    options = _options(outputs, given)
     files: list[str] = []
     images: list[Image] = []
-    quiet = flags["quiet"] or flags["as_json"]
-    client = Client(flags["address"], retries=flags["retries"])
+    quiet = given["quiet"] or given["as_json"]
+    client = Client(given["address"], retries=given["retries"])
     with client, display.drawing(quiet) as show:
 
         def take(event: Event) -> None:
@@ -93,37 +77,36 @@ def generate(prompt: str, output: Path, size: str | None, save_preview: Path | N
                 outputs.write_preview(event)
             show(event)
 
-        result = client.generate(prompt, timeout=flags["timeout"], on_event=take, **options)
-    _report(files, images, result.finished, flags)
+        result = client.generate(prompt, timeout=given["timeout"], on_event=take, **options)
+    _report(files, images, result.finished, given)
 
 
-def _options(outputs: Outputs, size: str | None, flags: dict[str, Any]) -> Any:
-    if flags["preview_every"] and outputs.preview_dir is None:
+def _options(outputs: Outputs, given: dict[str, Any]) -> Any:
+    if given["preview_every"] and outputs.preview_dir is None:
         raise InvalidRequest.of(("--preview-every", "say with --save-preview DIR where previews go"))
-    width, height = parse_size(size)
     return {
-        **{name: flags[name] for name in ("model", "steps", "seed", "count", "quality")},
-        "width": width,
-        "height": height,
-        "guidance_scale": flags["guidance"],
-        "true_cfg_scale": flags["cfg"],
-        "negative_prompt": flags["negative"],
-        "preview_every": flags["preview_every"] or (1 if outputs.preview_dir is not None else None),
+        **flags.options(given),
+        "seed": given["seed"],
+        "quality": given["quality"],
+        "preview_every": given["preview_every"] or (1 if outputs.preview_dir is not None else None),
         "format": outputs.format,
     }
 
 
-def _report(files: list[str], images: list[Image], finished: Finished, flags: dict[str, Any]) -> None:
-    if flags["as_json"]:
+def _report(files: list[str], images: list[Image], finished: Finished, given: dict[str, Any]) -> None:
+    if given["as_json"]:
         tables.show_json(tables.generated(files, images, finished))
-    elif not flags["quiet"]:
+    elif not given["quiet"]:
         for file in files:
             click.echo(file)
 
 
+cli.add_command(bench)
+
+
 @cli.command()
-@as_json
-@address
+@flags.as_json
+@flags.address
 def models(address: str, as_json: bool) -> None:
     """List the models that the server can draw with."""
     with Client(address) as client:
@@ -136,10 +119,10 @@ def models(address: str, as_json: bool) -> None:
 
 @cli.command()
 @click.argument("model", default="")
-@timeout
-@as_json
+@flags.timeout
+@flags.as_json
 @click.option("--quiet", is_flag=True, help="Errors only.")
-@address
+@flags.address
 def prepare(model: str, address: str, timeout: float | None, as_json: bool, quiet: bool) -> None:
     """Bring MODEL (default: the only one) into the server's memory, so that the first picture waits for nothing.
 
@@ -154,8 +137,8 @@ def prepare(model: str, address: str, timeout: float | None, as_json: bool, quie
 
 
 @cli.command()
-@as_json
-@address
+@flags.as_json
+@flags.address
 def status(address: str, as_json: bool) -> None:
     """Show what the server is doing."""
     with Client(address) as client:
@@ -178,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except click.ClickException as error:
         _fail(error.format_message())
     except HeadwaterError as error:
-        _fail("; ".join(f"{field}: {advice}" for field, advice in error.violations) or error.message)
+        _fail(error.text)
     except OSError as error:
         _fail(str(error))
     except (click.Abort, KeyboardInterrupt):

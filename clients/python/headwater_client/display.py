@@ -29,14 +29,14 @@ def drawing(quiet: bool) -> AbstractContextManager[Show]:
     if quiet:
         return nullcontext(lambda event: None)
     board = Board()
-    return _bars(board) if _terminal() else nullcontext(_Lines(board))
+    return _bars(board) if on_terminal() else nullcontext(_Lines(board))
 
 
 def preparing(quiet: bool) -> AbstractContextManager[ShowPreparation]:
     """Show a prepare call."""
     if quiet:
         return nullcontext(lambda event: None)
-    return _byte_bar() if _terminal() else nullcontext(_ByteLines())
+    return _byte_bar() if on_terminal() else nullcontext(_ByteLines())
 
 
 def clean(text: str) -> str:
@@ -44,7 +44,8 @@ def clean(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))
 
 
-def _terminal() -> bool:
+def on_terminal() -> bool:
+    """Whether bars would be seen."""
     return Console(stderr=True).is_terminal
 
 
@@ -75,11 +76,12 @@ def _grid(rows: list[Row]) -> Table:
     grid = Table.grid(*columns, padding=(0, 1))
     grid.expand = True
     for row in rows:
-        grid.add_row(f"picture {row.index}", row.phase, _bar(row.done, row.total), row.count, row.note)
+        grid.add_row(f"picture {row.index}", row.phase, bar(row.done, row.total), row.count, row.note)
     return grid
 
 
-def _bar(done: float, total: float | None) -> ProgressBar:
+def bar(done: float, total: float | None) -> ProgressBar:
+    """A bar; one without a total pulses."""
     return ProgressBar(total=total, completed=done, pulse=total is None, animation_time=time.monotonic())
 
 
@@ -128,7 +130,7 @@ def _byte_row(news: list[Preparation]) -> RenderableType:
     event = news[0]
     grid = Table.grid(Column(no_wrap=True), Column(ratio=1), Column(no_wrap=True), padding=(0, 1))
     grid.expand = True
-    grid.add_row(clean(event.model), _bar(event.ready_bytes, event.total_bytes or None), _bytes(event))
+    grid.add_row(clean(event.model), bar(event.ready_bytes, event.total_bytes or None), _bytes(event))
     return grid
 
 

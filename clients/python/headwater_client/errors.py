@@ -50,6 +50,11 @@ class HeadwaterError(Exception):
         self.details = dict(details or {})
         self.address = address
 
+    @property
+    def text(self) -> str:
+        """What to tell a person: every bad field if there are any, else the message."""
+        return "; ".join(f"{field}: {advice}" for field, advice in self.violations) or self.message
+
 
 class InvalidRequest(HeadwaterError):
     """The request cannot be served as it is; `violations` holds (field, what to do) for every bad field."""

@@ -96,7 +96,10 @@ class Preview:
 
 @dataclass(frozen=True)
 class Image:
-    """A finished picture, its size and SHA-256 checked; data is the encoded file as the server sent it."""
+    """A finished picture, its size and SHA-256 checked; data is the encoded file as the server sent it.
+
+    transfer_s: from its first part to its last, as they were read.
+    """
 
     image_index: int
     data: bytes = field(repr=False)
@@ -105,6 +108,7 @@ class Image:
     width_px: int
     height_px: int
     seed: int
+    transfer_s: float = field(default=0.0, compare=False)
 
     @cached_property
     def pil(self) -> PIL.Image.Image:

@@ -1,12 +1,13 @@
 """Where the command line puts pictures, and the checks made before anything is asked of a server."""
 
+import asyncio
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import InvalidRequest
-from .events import Image, Preview
+from .events import Image, Preview, Result
 from .files import write_whole
 
 FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
@@ -51,6 +52,23 @@ class Outputs:
         if self.preview_dir is not None:
             name = f"{self.image_path(preview.image_index).stem}-step-{preview.step}.png"
             write_whole(self.preview_dir / name, preview.data)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Keeps the pictures of many requests, named by request and seed: 00012-seed-19.png."""
+
+    path: Path
+
+    def check(self) -> None:
+        """Raises InvalidRequest if the files could not be written."""
+        _check_directory("--output", self.path)
+
+    async def keep(self, index: int, result: Result) -> None:
+        """Write the pictures of request `index` without holding up the loop. Raises OSError."""
+        for image in result.images:
+            path = self.path / f"{index:05}-seed-{image.seed}.{image.format}"
+            await asyncio.to_thread(write_whole, path, image.data)
 
 
 def _check_directory(option: str, directory: Path) -> None:

@@ -1,7 +1,8 @@
-"""Models and status for people and for programs, on stdout."""
+"""Models, status and measurements for people and for programs, on stdout."""
 
 import json
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, astuple
 from typing import Any
 
 import click
@@ -11,9 +12,17 @@ from rich.table import Table
 from .board import size
 from .display import clean
 from .events import Finished, Image
+from .measures import Spread, Summary
 from .replies import Model, Status
+from .run import Run
 
 PIPE_WIDTH = 1000
+LATENCIES = {
+    "started": "until Started (queue)",
+    "progress": "until first progress",
+    "picture": "until first picture byte",
+    "whole": "whole request",
+}
 
 
 def show_json(value: object) -> None:
@@ -56,6 +65,76 @@ def generated(files: list[str], images: list[Image], finished: Finished) -> dict
     for picture, image, file in zip(pictures, images, files, strict=True):
         picture.update(file=file, size_bytes=len(image.data))
     return {"files": files, "images": pictures, **asdict(finished)}
+
+
+def show_run(run: Run) -> None:
+    """Print what was asked, what came of it, and how long it took."""
+    summary = run.summary()
+    table = _table("", "")
+    table.show_header = False
+    _add(table, "drawn", _drawn(summary))
+    _add(table, "requests done", _done(run, summary))
+    for each in summary.failures:
+        _add(table, "requests failed", f"{each.count}, {f'{each.code} {each.reason}'.strip()}: {each.message}")
+    _add(table, "warm-up", _warm_up(run))
+    _add(table, "pictures", f"{summary.image_count} in {summary.elapsed_s:.1f} s")
+    _add(table, "pictures per second", _figure(summary.images_per_second, ".2f"))
+    _add(table, "steps per second", _figure(summary.steps_per_second, ".1f"))
+    _add(table, "mean run time", _figure(summary.mean_run_time_s, ".3f", " s, by the server"))
+    _add(table, "mean stall time", _figure(summary.mean_stall_time_s, ".3f", " s, by the server"))
+    streamed = summary.streamed_bytes_per_image
+    _add(table, "streamed per picture", "-" if streamed is None else size(streamed))
+    _print(table)
+    click.echo()
+    _print(_latencies(summary.latencies_s))
+
+
+def measured(run: Run) -> dict[str, Any]:
+    """The JSON document of a run."""
+    asked = run.workload
+    return {
+        "request_count": asked.request_count,
+        "client_count": asked.client_count,
+        "seed": asked.seed,
+        "complete": run.complete,
+        "warm_up": {"request_count": asked.warm_up_count, "failures": [asdict(each) for each in run.warm_up_failures]},
+        **asdict(run.summary()),
+    }
+
+
+def _drawn(summary: Summary) -> str:
+    used = summary.parameters
+    if not used:
+        return "nothing"
+    return f"{used.get('model')}, {used.get('width')}x{used.get('height')}, {used.get('steps')} steps"
+
+
+def _done(run: Run, summary: Summary) -> str:
+    clients = f"{run.workload.client_count} client{'s' if run.workload.client_count != 1 else ''}"
+    replicas = ", ".join(f"{count} on {name}" for name, count in summary.replica_counts.items())
+    parts = [f"{summary.done_count} of {run.workload.request_count}", clients, replicas]
+    return ", ".join(part for part in (*parts, "" if run.complete else "interrupted") if part)
+
+
+def _warm_up(run: Run) -> str:
+    parts = [f"{len(run.warm_up)} before, not counted"]
+    parts += [f"{each.count} failed: {each.message}" for each in run.warm_up_failures]
+    return ", ".join(parts)
+
+
+def _figure(value: float | None, form: str, unit: str = "") -> str:
+    return "-" if value is None else f"{value:{form}}{unit}"
+
+
+def _latencies(spreads: Mapping[str, Spread | None]) -> Table:
+    table = _table("LATENCY, SECONDS", "P50", "P90", "P99", "MAX")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for mark, words in LATENCIES.items():
+        spread = spreads[mark]
+        times = ("-",) * 4 if spread is None else tuple(f"{time_s:.3f}" for time_s in astuple(spread))
+        _add(table, words, *times)
+    return table
 
 
 def _vram(status: Status) -> str:

@@ -129,10 +129,17 @@ def preview(message: pb.Preview) -> events.Preview:
     return _read(events.Preview, message)
 
 
-def image(index: int, data: bytes, summary: pb.ImageSummary) -> events.Image:
+def image(index: int, data: bytes, summary: pb.ImageSummary, transfer_s: float) -> events.Image:
     """Convert; `data` is the whole file, checked."""
-    form = events.ImageFormat(_word(pb.ImageFormat, summary.format))
-    return _read(events.Image, summary, image_index=index, data=data, sha256=summary.sha256.hex(), format=form)
+    return _read(
+        events.Image,
+        summary,
+        image_index=index,
+        data=data,
+        sha256=summary.sha256.hex(),
+        format=events.ImageFormat(_word(pb.ImageFormat, summary.format)),
+        transfer_s=transfer_s,
+    )
 
 
 def finished(message: pb.Finished) -> events.Finished:

@@ -6,9 +6,12 @@ Each Generate call takes the next script, a coroutine over a Stage; the last one
 import asyncio
 import hashlib
 import io
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
@@ -20,8 +23,15 @@ from headwater.sampler.v1 import sampler_pb2 as pb
 from headwater.sampler.v1 import sampler_pb2_grpc
 
 T = TypeVar("T")
+Headwater = Callable[..., subprocess.CompletedProcess[str]]
+ROOT = Path(__file__).resolve().parents[3]
 CHUNK_BYTES = 1000
 CODES = {name: getattr(code_pb2, name) for name in code_pb2.Code.keys()}  # noqa: SIM118 - no mapping
+
+
+def command(*arguments: str) -> list[str]:
+    """The command line of the client, run from source."""
+    return [sys.executable, "-m", "headwater_client.cli", *arguments]
 
 
 def png(seed: int, width: int = 48, height: int = 32) -> bytes:

@@ -1,53 +1,15 @@
 """The command line as its users meet it: a process, its files, its two streams and its exit code."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from client_theatre import ScriptedSampler, Stage, draw, info, png
+from client_theatre import Headwater, ScriptedSampler, Stage, command, draw, info, png
 from google.rpc import error_details_pb2
 from headwater_client.cli import main
-
-ROOT = Path(__file__).resolve().parents[3]
-Run = Callable[..., subprocess.CompletedProcess[str]]
-
-
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "headwater_client.cli", *arguments]
-
-
-@pytest.fixture
-def environment(address: str) -> dict[str, str]:
-    """Where the package and the sampler are."""
-    path = os.pathsep.join(str(ROOT / part) for part in ("gen", "clients/python"))
-    return {"PATH": os.environ["PATH"], "PYTHONPATH": path, "HEADWATER_ADDRESS": address, "PYTHONWARNINGS": "error"}
-
-
-@pytest.fixture
-def headwater(environment: dict[str, str], tmp_path: Path) -> Run:
-    """Runs the command in an empty directory and waits."""
-
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command(*arguments), env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=20, check=False
-        )
-
-    return run
-
-
-@pytest.fixture
-def in_process(environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The environment of `headwater` for calls of main; gives the working directory."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("HEADWATER_ADDRESS", "GRPC_VERBOSITY"):
-        monkeypatch.setenv(name, environment.get(name, "NONE"))
-    return tmp_path
 
 
 def files(directory: Path) -> set[str]:
@@ -55,7 +17,7 @@ def files(directory: Path) -> set[str]:
     return {path.name for path in directory.iterdir()} - {"sampler.sock"}
 
 
-def test_pictures_are_written_and_named(headwater: Run, sampler: ScriptedSampler, tmp_path: Path) -> None:
+def test_pictures_are_written_and_named(headwater: Headwater, sampler: ScriptedSampler, tmp_path: Path) -> None:
     """File names go to stdout, plain lines without control codes to stderr."""
     done = headwater("generate", "a fox", "-o", "out.png", "--seed", "7", "--count", "2", "--size", "48x32")
 
@@ -71,7 +33,7 @@ def test_pictures_are_written_and_named(headwater: Run, sampler: ScriptedSampler
     assert "\r" not in done.stderr
 
 
-def test_json_is_one_document_and_nothing_else(headwater: Run, sampler: ScriptedSampler, tmp_path: Path) -> None:
+def test_json_is_one_document_and_nothing_else(headwater: Headwater, sampler: ScriptedSampler, tmp_path: Path) -> None:
     """Files, seeds, times, bytes and parameters; stderr stays empty."""
     done = headwater("generate", "a fox", "-o", "out.png", "--seed", "7", "--json")
     document = json.loads(done.stdout)
@@ -85,14 +47,14 @@ def test_json_is_one_document_and_nothing_else(headwater: Run, sampler: Scripted
     assert document["parameters"]["prompt"] == "a fox"
 
 
-def test_quiet_says_nothing(headwater: Run, sampler: ScriptedSampler) -> None:
+def test_quiet_says_nothing(headwater: Headwater, sampler: ScriptedSampler) -> None:
     """Success is silent."""
     done = headwater("generate", "a fox", "--quiet")
 
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_previews_are_kept(headwater: Run, sampler: ScriptedSampler, tmp_path: Path) -> None:
+def test_previews_are_kept(headwater: Headwater, sampler: ScriptedSampler, tmp_path: Path) -> None:
     """They go where --save-preview says, named by picture and step."""
     (tmp_path / "steps").mkdir()
     done = headwater("generate", "a fox", "--save-preview", "steps", "--preview-every", "2", "--steps", "4", "--quiet")
@@ -150,7 +112,9 @@ def test_help_is_no_error(in_process: Path, capsys: pytest.CaptureFixture[str], 
     assert "headwater" in capsys.readouterr().out
 
 
-def test_an_error_of_the_server_is_one_clean_line(headwater: Run, sampler: ScriptedSampler, tmp_path: Path) -> None:
+def test_an_error_of_the_server_is_one_clean_line(
+    headwater: Headwater, sampler: ScriptedSampler, tmp_path: Path
+) -> None:
     """Line breaks and control codes of a message do not reach the terminal."""
 
     async def fail(stage: Stage) -> None:
@@ -164,7 +128,7 @@ def test_an_error_of_the_server_is_one_clean_line(headwater: Run, sampler: Scrip
     assert files(tmp_path) == set()
 
 
-def test_fields_that_the_server_refuses_are_named(headwater: Run, sampler: ScriptedSampler) -> None:
+def test_fields_that_the_server_refuses_are_named(headwater: Headwater, sampler: ScriptedSampler) -> None:
     """All of them, on one line."""
     bad = error_details_pb2.BadRequest()
     bad.field_violations.add(field="width_px", description="must be a multiple of 16")
@@ -180,7 +144,7 @@ def test_fields_that_the_server_refuses_are_named(headwater: Run, sampler: Scrip
     assert done.stderr == "headwater: error: width_px: must be a multiple of 16; count: 1 to 64\n"
 
 
-def test_nobody_listening_is_one_line(headwater: Run, address: str) -> None:
+def test_nobody_listening_is_one_line(headwater: Headwater, address: str) -> None:
     """The address and the remedy, no traceback, no log line of gRPC."""
     done = headwater("status")
 
@@ -189,7 +153,9 @@ def test_nobody_listening_is_one_line(headwater: Run, address: str) -> None:
     assert done.stderr.count("\n") == 1
 
 
-def test_a_file_that_cannot_be_written_is_one_line(headwater: Run, sampler: ScriptedSampler, tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_is_one_line(
+    headwater: Headwater, sampler: ScriptedSampler, tmp_path: Path
+) -> None:
     """The directory may vanish while the picture is drawn; no draft is left."""
     gone = tmp_path / "soon"
     gone.mkdir()
@@ -206,7 +172,9 @@ def test_a_file_that_cannot_be_written_is_one_line(headwater: Run, sampler: Scri
     assert done.stderr.count("\n") == 1
 
 
-def test_a_failing_request_keeps_whole_files_only(headwater: Run, sampler: ScriptedSampler, tmp_path: Path) -> None:
+def test_a_failing_request_keeps_whole_files_only(
+    headwater: Headwater, sampler: ScriptedSampler, tmp_path: Path
+) -> None:
     """The picture that was complete stays, the one that was not leaves nothing."""
 
     async def half(stage: Stage) -> None:
@@ -245,7 +213,7 @@ def test_ctrl_c_cancels_on_the_server(sampler: ScriptedSampler, environment: dic
     assert files(tmp_path) == set()
 
 
-def test_models_and_status_are_tables_or_json(headwater: Run, sampler: ScriptedSampler) -> None:
+def test_models_and_status_are_tables_or_json(headwater: Headwater, sampler: ScriptedSampler) -> None:
     """Text of the server stays text, whatever it looks like."""
     models, status = headwater("models"), headwater("status")
     documents: list[Any] = [json.loads(headwater(name, "--json").stdout) for name in ("models", "status")]
@@ -257,7 +225,7 @@ def test_models_and_status_are_tables_or_json(headwater: Run, sampler: ScriptedS
     assert documents[1]["attached_models"] == ["demo"]
 
 
-def test_prepare_tells_bytes(headwater: Run, sampler: ScriptedSampler) -> None:
+def test_prepare_tells_bytes(headwater: Headwater, sampler: ScriptedSampler) -> None:
     """Plain lines on stderr, or one document on stdout."""
     plain, document = headwater("prepare", "demo"), headwater("prepare", "--json")
 

@@ -4,11 +4,11 @@ import asyncio
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
-from dataclasses import asdict
 from typing import Any
 
 import pytest
 from client_theatre import ScriptedSampler, Stage, Theatre, png
+from headwater.sampler.v1 import sampler_pb2 as pb
 from headwater_client import (
     AsyncClient,
     BrokenReply,
@@ -23,6 +23,7 @@ from headwater_client import (
     Queued,
     Started,
 )
+from headwater_client.assembly import Assembly
 
 
 def test_the_events_come_typed_and_in_order(client: Client) -> None:
@@ -124,6 +125,23 @@ def test_a_damaged_picture_is_an_error(
     assert sampler.cancelled.wait(5)
 
 
+def test_a_picture_knows_how_long_its_parts_took() -> None:
+    """From the first to the last, each picture by itself; equality looks at the picture alone."""
+    times = iter([10.0, 13.0, 20.0, 20.0])
+    assembly = Assembly(lambda: next(times))
+    data = png(7)
+    summary = pb.ImageSummary(size_bytes=len(data), sha256=hashlib.sha256(data).digest())
+    images = []
+    for parts in ([data[:9], data[9:99], data[99:]], [data]):
+        chunks = [pb.ImageChunk(data=part) for part in parts]
+        chunks[-1].last.CopyFrom(summary)
+        images += [assembly.event(pb.GenerateResponse(image_chunk=chunk)) for chunk in chunks]
+    first, second = (image for image in images if isinstance(image, Image))
+
+    assert (first.transfer_s, second.transfer_s) == (3, 0)
+    assert first == second
+
+
 def test_a_story_without_an_end_is_an_error(client: Client, sampler: ScriptedSampler) -> None:
     """OK without Finished, and Finished without all pictures, are BrokenReply."""
 
@@ -154,7 +172,7 @@ def test_asyncio_sees_the_same_as_blocking(theatre: Theatre, client: Client, add
     seen, first, second = theatre.run(other())
 
     assert seen == blocking
-    assert asdict(first) == asdict(second) == asdict(blocking_result)
+    assert first == second == blocking_result
 
 
 def test_models_status_and_preparation_are_typed(theatre: Theatre, client: Client, address: str) -> None:
