@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Hashable
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -38,7 +38,8 @@ class Sampler:
     async def generate(self, request: ImageRequest) -> AsyncGenerator[Event, None]:
         """Events of a request, Finished last. Closing the iterator cancels the work at the next gate.
 
-        Raises DuplicateRequest, InvalidRequest, QueueFull, what attaching the model raises, DeviceMemoryFull.
+        Raises DuplicateRequest, InvalidRequest, QueueFull, what attaching the model raises, DeviceMemoryFull,
+        DeviceGone.
         """
         if request.request_id in self._live:
             raise DuplicateRequest(f"a request {request.request_id} is in flight here: use another request_id")
@@ -168,7 +169,13 @@ class Job:
             self._post(self._outcome(rider, index))
             self._loop.call_soon_threadsafe(leave)
 
-        rider = Rider(lambda rider: drawing.draw(), done, drawing.passed)
+        rider = Rider(
+            lambda rider: drawing.draw(),
+            done,
+            drawing.passed,
+            kind=shape_of(self._request),
+            steps_left=lambda: max(0, self._request.step_count - drawing.step),
+        )
         self._riders.append(rider)
         self._drawings.append(drawing)
         self._sampler.library.keep(self._model)
@@ -206,6 +213,12 @@ class Job:
             waits = event.phase is Phase.PREPARING
             (self._waiting.add if waits else self._waiting.discard)(event.image_index)
         self._news.put_nowait(event)
+
+
+def shape_of(request: ImageRequest) -> Hashable:
+    """What decides how much a picture computes at a gate: model, size, and whether guidance doubles the batch."""
+    guided = tuple((scale or 0.0) > 1.0 for scale in (request.guidance_scale, request.true_cfg_scale))
+    return request.model, request.width_px, request.height_px, request.max_sequence_length, guided
 
 
 def png(image: Image.Image) -> bytes:
