@@ -159,15 +159,15 @@ class Job:
         drawing = Drawing(self._model, self._request, index, self._post, self._preview_poster(index))
         ended: asyncio.Future[None] = self._loop.create_future()
 
-        def leave() -> None:
-            seat.leave()
+        def end(outcome: Event | Exception) -> None:
+            seat.leave()  # first: who hears of the picture finds the seat free
             self._sampler.library.release(self._model)
             ended.set_result(None)
+            self._take(outcome)
 
         def done(rider: Rider) -> None:
             # In the rider's thread, after the baton went on: encoding a picture stops nobody.
-            self._post(self._outcome(rider, index))
-            self._loop.call_soon_threadsafe(leave)
+            self._loop.call_soon_threadsafe(end, self._outcome(rider, index))
 
         rider = Rider(
             lambda rider: drawing.draw(),
