@@ -15,7 +15,6 @@ from services.errors import DeviceGone
 from services.rpc import logs
 from services.sampler.config import ConfigError, parse_args
 
-
 DEVICE_GONE_EXIT = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
