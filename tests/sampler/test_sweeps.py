@@ -154,6 +154,44 @@ def test_riders_that_start_at_any_moment_end_up_on_one_sweep(seed: int) -> None:
     assert all(ride.took_s <= 1.1 * (1 + 30) * GATES for ride in rides)
 
 
+def test_a_rider_joins_a_sweep_that_comes_by() -> None:
+    """Bytes come while a sweep is under way: who waited for them joins it at that gate, and ends with it."""
+    world = World()
+    gates = transformer(world, 1.0)
+    known(world, gates, 0.1)
+    first = world.arrival(world.now + 1, [(gates, 1)], 0.1)
+    world.ready(world.now + 30, gates[5])
+    second = world.arrival(world.now + 20 + GATES, [(gates, 1)], 0.1)  # at gate 2 when the bytes are there
+    world.run()
+
+    assert [int(gate.name) for gate in world.bus.opened] == [*range(5), *range(GATES)]
+    assert first.rider.result == first.alone()
+    assert first.ended_s == pytest.approx(second.ended_s, abs=0.2)
+
+
+def test_a_component_of_one_gate_is_left_after_each_pass() -> None:
+    """Who comes back to the gate where it stands rides the next sweep, and others have their turn between."""
+    world = World()
+    decoder, gates = world.component("vae", 1, round(BYTES_PER_S)), transformer(world, 1.0)
+    known(world, gates, 0.1)
+    world.arrival(world.now, [(decoder, 200)], 0.1)
+    other = world.arrival(world.now + 5, [(gates, 3)], 0.1)
+    world.run()
+
+    assert other.took_s < 1.5 * 3 * (GATES + 1)
+
+
+def test_no_memory_to_bring_a_gate_ahead_ends_nobody() -> None:
+    """What was to be brought early is brought when it is needed."""
+    world = World()
+    gates = transformer(world, 1.0)
+    ride = world.arrival(1.0, [(gates, 3)], 0.1)
+    world.bus.ahead_faults = [torch.OutOfMemoryError("CUDA out of memory")]
+    world.run()
+
+    assert ride.rider.result == ride.alone()
+
+
 def test_two_passes_a_step_are_one_step_of_work() -> None:
     """What remains is reckoned by steps, however often a pipeline calls its transformer in one."""
     world = World()

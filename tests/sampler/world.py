@@ -53,6 +53,7 @@ class Bus(ArenaViews):
         self.bytes_of: dict[Gate, int] = {}
         self.faults: dict[Gate, list[Exception]] = {}  # raised, one by one, when the gate is brought
         self.leave_faults: dict[Gate, list[Exception]] = {}
+        self.ahead_faults: list[Exception] = []
         self._free_s = 0.0
         self._slots: dict[Gate, float] = {}  # when a gate is there
 
@@ -73,6 +74,8 @@ class Bus(ArenaViews):
             raise self.leave_faults[gate].pop(0)
 
     def prefetch(self, gate: Gate, upcoming: Iterator[Gate]) -> None:
+        if self.ahead_faults:
+            raise self.ahead_faults.pop(0)
         near = [g for g in itertools.islice(upcoming, 2) if g is not gate and g.is_ready()]
         self._slots = {g: s for g, s in self._slots.items() if g is gate or g in near}
         for following in near:
