@@ -8,6 +8,7 @@
     |-- QueueFull             try again later
     |-- ShuttingDown          try again elsewhere
     |-- LoaderGone            the loader does not answer
+    |-- DeviceGone            the device computes no more
     |-- BadCheckpoint         files that are missing, truncated, or not what they claim
     |-- CheckpointChanged     a file changed while it was read
     |-- UnsupportedModel      a pipeline that this server does not run
@@ -60,6 +61,10 @@ class ShuttingDown(HeadwaterError):
 
 class LoaderGone(HeadwaterError):
     """The loader does not answer."""
+
+
+class DeviceGone(HeadwaterError):
+    """The replica's device computes no more; the replica ends, another one will serve."""
 
 
 class BadCheckpoint(HeadwaterError):

@@ -74,12 +74,18 @@ class Stack:
         process.wait_for("event=serving")
         return process
 
-    def sampler(self, *flags: str, gate_limit: int = 8192, until: str = "loader connected") -> Process:
+    def sampler(
+        self,
+        *flags: str,
+        gate_limit: int = 8192,
+        until: str = "loader connected",
+        module: str = "services.sampler",
+    ) -> Process:
         """A sampler on a Unix socket (addresses[0]) and a TCP port (addresses[1]), once its log says `until`."""
         socket = f"unix:{self.memory}/sampler{len(self.processes)}.sock"
         device = () if "--device" in flags else ("--device", "cpu")
         process = self._start(
-            "services.sampler", "--loader", self.loader_address, "--listen", socket, "--listen", "127.0.0.1:0",
+            module, "--loader", self.loader_address, "--listen", socket, "--listen", "127.0.0.1:0",
             "--gate-limit", str(gate_limit), "--grace", "5", *device, *flags,
         )  # fmt: skip
         log = process.wait_for(until)

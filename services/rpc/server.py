@@ -103,12 +103,14 @@ async def run_until_signal(
     grace_s: float,
     on_stop: Callable[[], Awaitable[None] | None] | None = None,
     address: str = "",
+    stopped: asyncio.Event | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then drain: NOT_SERVING, `on_stop`, no new calls, running ones get `grace_s`.
 
-    A second signal ends everything at once. `address`, if it is a socket file, is removed.
+    A second signal ends everything at once. `address`, if it is a socket file, is removed. Who sets `stopped` stops
+    the server as a signal does.
     """
-    stopped, hurried = asyncio.Event(), asyncio.Event()
+    stopped, hurried = stopped or asyncio.Event(), asyncio.Event()
 
     def signalled() -> None:
         (hurried if stopped.is_set() else stopped).set()

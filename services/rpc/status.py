@@ -32,6 +32,7 @@ TABLE: dict[type[errors.HeadwaterError], tuple[grpc.StatusCode, str]] = {
     errors.QueueFull: (_Code.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
     errors.ShuttingDown: (_Code.UNAVAILABLE, "SHUTTING_DOWN"),
     errors.LoaderGone: (_Code.UNAVAILABLE, "LOADER_GONE"),
+    errors.DeviceGone: (_Code.UNAVAILABLE, "DEVICE_GONE"),
     errors.BadCheckpoint: (_Code.FAILED_PRECONDITION, "BAD_CHECKPOINT"),
     errors.CheckpointChanged: (_Code.DATA_LOSS, "CHECKPOINT_CHANGED"),
     errors.UnsupportedModel: (_Code.FAILED_PRECONDITION, "UNSUPPORTED_MODEL"),
@@ -85,7 +86,7 @@ def _add_detail(status: status_pb2.Status, error: Exception) -> None:
         violation = error_details_pb2.BadRequest.FieldViolation
         items = [violation(field=field, description=text) for field, text in error.violations]
         status.details.add().Pack(error_details_pb2.BadRequest(field_violations=items))
-    elif isinstance(error, errors.QueueFull | errors.ShuttingDown):
+    elif isinstance(error, errors.QueueFull | errors.ShuttingDown | errors.DeviceGone):
         delay = duration_pb2.Duration()
         delay.FromNanoseconds(int(1e9 * getattr(error, "retry_after_s", SHUTDOWN_RETRY_S)))
         status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))

@@ -1,4 +1,7 @@
-"""The sampler's command line: configure, open the device, serve until a signal, let everything go."""
+"""The sampler's command line: configure, open the device, serve until a signal, let everything go.
+
+Exits with 0 after a signal, 1 for what the operator has to mend, DEVICE_GONE_EXIT for its supervisor to start it anew.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,15 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from services.errors import DeviceGone
 from services.rpc import logs
 from services.sampler.config import ConfigError, parse_args
 
+DEVICE_GONE_EXIT = 75  # EX_TEMPFAIL of sysexits.h: try again
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a sampler; 0 after a signal, 1 with one line on stderr for what the operator has to mend."""
+    """Run a sampler and return its exit code; with 1 there is one line on stderr."""
     try:
         config = parse_args(argv)
         logs.configure(config.log_format, config.log_level)
@@ -27,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         print(f"headwater-sampler: {error.strerror}", file=sys.stderr)  # noqa: T201
         return 1
+    except DeviceGone:
+        # Libraries let go of the device at exit, and abort or hang when it answers no more.
+        os._exit(DEVICE_GONE_EXIT)
     return 0
 
 

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from PIL import Image
 
+from services.sampler.faults import is_memory_full
 from services.sampler.gates import Gate
 from services.sampler.model import AttachedModel, is_encoder
 from services.sampler.previews import denoised_latents, preview_image
 from services.sampler.requests import ImageRequest, Phase, Progress
 from services.sampler.work import Kind
-from services.sampler.workspace import Meter, Workspace
+from services.sampler.workspace import MemoryMeter, Workspace
 
 Emit = Callable[[Progress], None]
 EmitPreview = Callable[[int, Image.Image], None]
@@ -44,7 +45,7 @@ class Drawing:
         self._workspace = workspace
         self._request = request
         self._kind = Kind(model.name, request.width_px, request.height_px)
-        self._meter: Meter | None = None
+        self._meter: MemoryMeter | None = None
         self._index = index
         self._emit = emit
         self._emit_preview = emit_preview
@@ -80,7 +81,9 @@ class Drawing:
             generator = torch.Generator("cpu").manual_seed(self._request.seed_of(self._index))
             arguments = self._model.traits.call_arguments(self._request)
             picture: Image.Image = view(**arguments, generator=generator, output_type="pil").images[0]
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_memory_full(error):
+                raise
             return None
         else:
             return picture

@@ -1,71 +1,59 @@
 """The shared sweep: every rider that waits for a component rides one pass over its gates.
 
 One baton: at any moment exactly one thread runs model code, that of the rider which holds it. A rider gives it on at
-each gate, in its own thread: it picks who goes next, opens that rider's gate and releases that rider's lock. So a lone
-rider never switches threads, and there is no engine thread. When nobody can go on (all wait for bytes, or nobody is
-there) the baton lies on the table, and whoever brings news (`ride`, `cancel`, `wake`) takes it up.
+each gate, in its own thread: it asks `sweeps.py` who goes next, opens that rider's gate and releases that rider's lock.
+So a lone rider never switches threads, and there is no engine thread. When nobody can go on (all wait for bytes, or
+nobody is there) the baton lies on the table, and whoever brings news (`ride`, `cancel`, `wake`) takes it up.
 
 The engine is driven by where riders stand. A sweep visits the gates of a component in the order learnt from the first
-forward and runs the riders that stand there; a wrong order costs time, never pixels. Gates whose bytes are not in the
-arena yet are passed over, and their riders wait while others go on.
+forward and runs the riders that stand there; a wrong order costs time, never pixels. Riders at gates whose bytes are
+not in the arena yet are parked, and others go on.
+
+An error in bringing a gate belongs to the riders that stand there. One that says that the device is lost belongs to
+all, also to those that come later: they end with DeviceGone, and `on_gone` is called once.
 """
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import structlog
 
-from services.errors import Cancelled
+from services.errors import Cancelled, DeviceGone
+from services.sampler.faults import is_device_fault, is_lost, is_memory_full
 from services.sampler.gates import Gate
+from services.sampler.meter import Meter, WallMeter
 from services.sampler.riders import Rider
+from services.sampler.sweeps import Sweeps
 from services.sampler.transfer import Transfer
 
 log = structlog.get_logger()
 
 
-class Track:
-    """The gates of one component, in the order in which forwards reach them."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.learnt: list[Gate] = []
-        self.place: dict[Gate, int] = {}
-        self.cycles = False  # whether forwards follow each other, as denoise steps do
-
-    def reached(self, gate: Gate, before: Gate | None) -> None:
-        """Learn from a rider that came to `gate` from `before`."""
-        if gate not in self.place:
-            self.place[gate] = len(self.learnt)
-            self.learnt.append(gate)
-        elif before in self.place and self.place[gate] < self.place[before]:
-            self.cycles = True
-
-    def after(self, gate: Gate) -> Iterator[Gate]:
-        """The gates that will be needed after `gate`, nearest first; then the next forward's, if one follows."""
-        at = self.place[gate] + 1
-        yield from self.learnt[at:]
-        if self.cycles:
-            yield from self.learnt[:at]
-
-
 class Engine:
-    """Runs riders' work, one at a time, and brings each gate's params once for all that stand there.
+    """Runs riders' work, one at a time, and brings each gate's params once for all that a sweep carries.
 
     State is touched only by the thread that holds the baton; `_news` and `_idle` by any thread under `_mutex`.
+    `on_gone` is called by the holder of the baton and must not block. `clock` gives seconds and never goes back.
     """
 
-    def __init__(self, transfer: Transfer) -> None:
+    def __init__(
+        self, transfer: Transfer, meter: Meter | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.transfer = transfer
+        self.gone: DeviceGone | None = None
+        self.on_gone: Callable[[], object] = lambda: None
+        self._meter = meter or WallMeter()
+        self._clock = clock
         self._mutex = threading.Lock()
         self._news: deque[Callable[[], None]] = deque()
         self._idle = True  # the baton lies on the table
         self._runnable: deque[Rider] = deque()  # no gate to wait for: new, or to be ended
-        self._standing: dict[Gate, deque[Rider]] = {}
-        self._tracks: dict[object, Track] = {}
+        self._sweeps = Sweeps(lambda gate: transfer.streamed_bytes_of(gate) / self._meter.bus_bytes_per_s)
         self._open: Gate | None = None
         self._local = threading.local()
 
@@ -73,6 +61,7 @@ class Engine:
 
     def ride(self, rider: Rider) -> None:
         """Start a rider; returns at once."""
+        rider.seated_s = self._clock()
         threading.Thread(target=self._run, args=(rider,), name="rider", daemon=True).start()
 
     def cancel(self, rider: Rider) -> None:
@@ -81,8 +70,7 @@ class Engine:
         def free() -> None:
             if rider.fault is None:
                 rider.fault = Cancelled("the caller went away")
-            if rider.gate is not None and rider in self._standing.get(rider.gate, ()):
-                self._take(rider.gate, rider)
+            if self._sweeps.drop(rider):
                 self._runnable.append(rider)
 
         self._tell(free)
@@ -92,14 +80,14 @@ class Engine:
 
         def end() -> None:
             for gate in gates:
-                if gate in self._standing and not gate.is_ready():
-                    self._fail(gate, error)
+                if not gate.is_ready():
+                    self._end(self._sweeps.standing_at(gate), error)
 
         self._tell(end)
 
     def wake(self) -> None:
         """Look again: more extents are READY."""
-        self._tell(lambda: None)
+        self._tell(self._sweeps.wake)
 
     # ---- called by riders, holding the baton
 
@@ -108,29 +96,35 @@ class Engine:
         rider: Rider | None = getattr(self._local, "rider", None)
         if rider is None:
             raise RuntimeError(f"{gate} was reached outside a rider")
+        self._stop_meter(rider)
         rider.raise_fault()
-        self._track(gate).reached(gate, rider.gate)
-        rider.gate, rider.since = gate, time.monotonic()
         parked = not gate.is_ready()
         if parked:
+            since = self._clock()
             rider.on_gate(gate, True)
-        self._standing.setdefault(gate, deque()).append(rider)
+        self._sweeps.stand(rider, gate, parked)
         rider.on_pause()
         self._give_on(rider)
         rider.raise_fault()
         rider.costs.streamed_bytes += self.transfer.streamed_bytes_of(gate)
         if parked:
-            rider.costs.stall_s += time.monotonic() - rider.since
+            rider.costs.stall_s += self._clock() - since
         rider.on_gate(gate, False)
+        rider.mark = self._meter.start()
 
     def leave(self, gate: Gate) -> None:
         """Close a gate before the next one is reached, so that its memory can be used for others."""
-        if self._open is gate and gate not in self._standing:
+        if self._open is gate and not self._sweeps.standing_at(gate):
             self._close()
 
     def settle(self) -> None:
         """Close the open gate, whoever stands there: what the transfer holds is about to be planned anew."""
         self._close()
+        self._sweeps.replanned()
+
+    def forget(self, gates: list[Gate]) -> None:
+        """Drop what was learnt of a model that goes. The caller holds the baton and no rider stands at these gates."""
+        self._sweeps.forget(gates)
 
     # ---- the baton
 
@@ -139,11 +133,14 @@ class Engine:
         self._tell(lambda: self._runnable.append(rider))
         rider.turn.acquire()
         try:
+            if self.gone is not None:
+                raise self.gone  # noqa: TRY301 - as if its first gate had said so
             rider.raise_fault()
             self.transfer.bind_thread()
             rider.result = rider.work(rider)
+            self._stop_meter(rider)
         except BaseException as error:
-            rider.error = error
+            rider.error = self._lose(error) if is_lost(error, self.transfer.device) else error
         try:
             self._give_on(None)
         finally:
@@ -175,45 +172,28 @@ class Engine:
                 return rider
             self._close()
             with self._mutex:
-                if not self._news:
+                if not self._news and not self._runnable:
                     self._idle = True
                     return None
-
-    # ---- the sweep
 
     def _next(self) -> Rider | None:
         """The rider to run now, its gate open; None if nobody can run."""
         while not self._runnable:
-            gate = self._pick()
-            if gate is None:
+            following = self._sweeps.next()
+            if following is None:
                 return None
+            rider, gate = following
             try:
                 self._enter(gate)
             except Exception as error:
-                self._fail(gate, error)
+                self._not_entered(rider, gate, error)
                 continue
-            return self._take(gate, self._standing[gate][0])
+            if self.gone is None:
+                self._sweeps.go()
+                return rider
         return self._runnable.popleft()
 
-    def _pick(self) -> Gate | None:
-        """The open gate while riders stand there, else the sweep's next, else the first of a new sweep.
-
-        A new sweep goes to the component whose rider has stood longest, so none starves another.
-        """
-        waiting = [gate for gate in self._standing if gate.is_ready()]
-        if not waiting:
-            return None
-        if self._open is not None:
-            if self._open in waiting:
-                return self._open
-            track = self._track(self._open)
-            here = track.place[self._open]
-            ahead = [g for g in waiting if self._track(g) is track and track.place[g] > here]
-            if ahead:
-                return min(ahead, key=track.place.__getitem__)
-        eldest = min(waiting, key=lambda g: self._standing[g][0].since)
-        track = self._track(eldest)
-        return min((g for g in waiting if self._track(g) is track), key=track.place.__getitem__)
+    # ---- the open gate
 
     def _enter(self, gate: Gate) -> None:
         if self._open is gate:
@@ -221,7 +201,13 @@ class Engine:
         self._close()
         self.transfer.enter(gate)
         self._open = gate
-        self.transfer.prefetch(gate, self._track(gate).after(gate))
+        try:
+            self.transfer.prefetch(gate, self._sweeps.track(gate).after(gate))
+        except Exception as error:
+            if not is_memory_full(error):
+                raise
+            # Nobody's yet: whoever comes to that gate has more room, or hears of it.
+            log.debug("no memory to bring a gate ahead of time", after=str(gate))
 
     def _close(self) -> None:
         gate, self._open = self._open, None
@@ -229,28 +215,38 @@ class Engine:
             return
         try:
             self.transfer.leave(gate)
-        except RuntimeError:  # a device in trouble says so again to the next rider, which then fails with it
+        except RuntimeError as error:
             log.exception("closing a gate failed", gate=str(gate))
+            if is_device_fault(error):
+                self._lose(error)
 
-    def _take(self, gate: Gate, rider: Rider) -> Rider:
-        riders = self._standing[gate]
-        riders.remove(rider)
-        if not riders:
-            del self._standing[gate]
-        return rider
+    # ---- what goes wrong
 
-    def _fail(self, gate: Gate, error: Exception) -> None:
-        riders = self._standing.pop(gate)
+    def _not_entered(self, rider: Rider, gate: Gate, error: Exception) -> None:
+        """A gate could not be brought for `rider`, nor for others that stand there unless it was for want of memory."""
+        if is_device_fault(error):
+            self._lose(error)
+        elif is_memory_full(error):
+            self._end([rider], error)
+        else:
+            self._end(self._sweeps.standing_at(gate), error)
+
+    def _end(self, riders: Iterable[Rider], error: Exception) -> None:
         for rider in riders:
+            self._sweeps.drop(rider)
             rider.fault = error
-        self._runnable.extend(riders)
+            self._runnable.append(rider)
 
-    def _track(self, gate: Gate) -> Track:
-        # The arena is the component: two models that share one also share its order.
-        return self._tracks.setdefault(gate.arena, Track(gate.component))
+    def _lose(self, error: BaseException) -> DeviceGone:
+        """The device is lost: end everybody, now and from now on."""
+        if self.gone is None:
+            self.gone = DeviceGone("this replica's device has failed and the replica ends: try another one")
+            log.error("the device is lost", device=str(self.transfer.device), exc_info=error)
+            self.on_gone()
+        self._end(self._sweeps.standing(), self.gone)
+        return self.gone
 
-    def forget(self, gates: list[Gate]) -> None:
-        """Drop what was learnt of a model that goes. The caller holds the baton and no rider stands at these gates."""
-        for gate in gates:
-            self._standing.pop(gate, None)
-            self._tracks.pop(gate.arena, None)
+    def _stop_meter(self, rider: Rider) -> None:
+        mark, rider.mark = rider.mark, None
+        if mark is not None and rider.gate is not None:
+            self._meter.stop(mark, functools.partial(self._sweeps.took, rider, rider.gate))

@@ -6,7 +6,7 @@ The rider's thread runs only while it holds the engine's baton, and gives the ba
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 from services.errors import Cancelled
@@ -28,6 +28,9 @@ class Rider:
     `on_done(rider)` is called in that thread after the baton was given on. `on_gate(gate, waits)` is called when the
     rider has to wait for a gate's bytes (True) and when it passes a gate (False), `on_pause()` before it gives the
     baton on at a gate.
+
+    Riders of one `kind` compute the same shapes and so take the same time; `steps_left()` says how many steps are still
+    to be made. Both are for estimates only.
     """
 
     def __init__(
@@ -36,17 +39,28 @@ class Rider:
         on_done: Callable[[Rider], None],
         on_gate: Callable[[Gate, bool], None] = lambda gate, waits: None,
         on_pause: Callable[[], None] = lambda: None,
+        kind: Hashable = None,
+        steps_left: Callable[[], int] = lambda: 0,
     ) -> None:
         self.work = work
         self.on_done = on_done
         self.on_gate = on_gate
         self.on_pause = on_pause
+        self.kind = kind
+        self.steps_left = steps_left
         self.result: object = None
         self.error: BaseException | None = None
         self.fault: Exception | None = None  # raised in the rider's thread when it runs next
         self.gate: Gate | None = None  # where it stands; None before the first gate and between gates
         self.since = 0.0  # when it came there, monotonic seconds
         self.costs = Costs()
+        # What the engine keeps of it.
+        self.seated_s = 0.0  # when it was given to the engine
+        self.sweep: object = None  # the latest that carried it
+        self.mark: object = None  # the meter's, while it computes
+        self.compute_s = 0.0
+        self.seen_steps_left = steps_left()
+        self.seen_compute_s = 0.0
         # One lock a rider: with a shared condition a hand-over costs milliseconds at 200 riders.
         self.turn = threading.Lock()
         self.turn.acquire()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Hashable
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -40,7 +40,8 @@ class Sampler:
     async def generate(self, request: ImageRequest) -> AsyncGenerator[Event, None]:
         """Events of a request, Finished last. Closing the iterator cancels the work at the next gate.
 
-        Raises DuplicateRequest, InvalidRequest, QueueFull, what attaching the model raises, DeviceMemoryFull.
+        Raises DuplicateRequest, InvalidRequest, QueueFull, what attaching the model raises, DeviceMemoryFull,
+        DeviceGone.
         """
         if request.request_id in self._live:
             raise DuplicateRequest(f"a request {request.request_id} is in flight here: use another request_id")
@@ -161,17 +162,24 @@ class Job:
         drawing = Drawing(self._model, workspace, self._request, index, self._post, self._preview_poster(index))
         ended: asyncio.Future[None] = self._loop.create_future()
 
-        def leave() -> None:
-            seat.leave()
+        def end(outcome: Event | Exception) -> None:
+            seat.leave()  # first: who hears of the picture finds the seat free
             self._sampler.library.release(self._model)
             ended.set_result(None)
+            self._take(outcome)
 
         def done(rider: Rider) -> None:
             # In the rider's thread, after the baton went on: encoding a picture stops nobody.
-            self._post(self._outcome(rider, index))
-            self._loop.call_soon_threadsafe(leave)
+            self._loop.call_soon_threadsafe(end, self._outcome(rider, index))
 
-        rider = Rider(lambda rider: drawing.draw(), done, drawing.passed, drawing.paused)
+        rider = Rider(
+            lambda rider: drawing.draw(),
+            done,
+            drawing.passed,
+            drawing.paused,
+            kind=shape_of(self._request),
+            steps_left=lambda: max(0, self._request.step_count - drawing.step),
+        )
         self._riders.append(rider)
         self._drawings.append(drawing)
         self._sampler.library.keep(self._model)
@@ -209,6 +217,12 @@ class Job:
             waits = event.phase is Phase.PREPARING
             (self._waiting.add if waits else self._waiting.discard)(event.image_index)
         self._news.put_nowait(event)
+
+
+def shape_of(request: ImageRequest) -> Hashable:
+    """What decides how much a picture computes at a gate: model, size, and whether guidance doubles the batch."""
+    guided = tuple((scale or 0.0) > 1.0 for scale in (request.guidance_scale, request.true_cfg_scale))
+    return request.model, request.width_px, request.height_px, request.max_sequence_length, guided
 
 
 def png(image: Image.Image) -> bytes:

@@ -29,6 +29,7 @@ from services.sampler.config import Config, ConfigError
 from services.sampler.device import GIB, open_device
 from services.sampler.engine import Engine
 from services.sampler.library import Library
+from services.sampler.meter import open_meter
 from services.sampler.metrics import numbers
 from services.sampler.sampler import Sampler
 from services.sampler.service import SERVICE, SamplerService
@@ -39,13 +40,13 @@ log = structlog.get_logger()
 
 
 async def serve(config: Config) -> None:
-    """Serve until a signal. Raises ConfigError, OSError before anything is served."""
+    """Serve until a signal. Raises ConfigError, OSError before anything is served, DeviceGone after it was."""
     try:
         check_libraries()
     except UnsupportedModel as error:
         raise ConfigError(str(error)) from error
     transfer, facts = open_device(config)
-    engine = Engine(transfer)
+    engine = Engine(transfer, open_meter(facts.device))
     server = build_server()
     addresses: list[str] = []
     try:
@@ -67,19 +68,27 @@ async def serve(config: Config) -> None:
 
 
 async def run(server: grpc.aio.Server, sampler: Sampler, service: SamplerService, grace_s: float) -> None:
-    """Serve; healthy while the loader answers or a model is attached that needs it no more."""
+    """Serve; healthy while the loader answers or a model is attached that needs it no more.
+
+    Raises DeviceGone if the device was lost, after the running calls were told so.
+    """
     health = add_health(server, SERVICE)
     add_reflection(server, SERVICE)
+    stopped, loop = asyncio.Event(), asyncio.get_running_loop()
+    sampler.engine.on_gone = lambda: loop.call_soon_threadsafe(stopped.set)
     await server.start()
     await health.set("", SERVING)
     watch = asyncio.create_task(sampler.library.watch(lambda connected: show_health(health, sampler, connected)))
     try:
-        await run_until_signal(server, health, grace_s, service.drain)
+        await run_until_signal(server, health, grace_s, service.drain, stopped=stopped)
     finally:
         watch.cancel()
         with suppress(asyncio.CancelledError):
             await watch
-        await sampler.close()
+        if sampler.engine.gone is None:  # else nothing can be let go in order: the kernel will
+            await sampler.close()
+    if sampler.engine.gone is not None:
+        raise sampler.engine.gone
 
 
 def show_health(health: Health, sampler: Sampler, connected: bool) -> None:

@@ -12,7 +12,7 @@ from services.sampler.engine import Engine
 from services.sampler.work import Kind, Need, WorkMemory
 
 
-class Meter:
+class MemoryMeter:
     """Sees what one picture allocates on a CUDA device: it has the baton between `resume` and `pause`."""
 
     def __init__(self, device: torch.device) -> None:
@@ -42,7 +42,7 @@ class Workspace:
         self._known_bytes = 0  # the most that pictures of known needs had to have at once
 
     @contextmanager
-    def room(self, kind: Kind, multiple_px: int) -> Iterator[Meter | None]:
+    def room(self, kind: Kind, multiple_px: int) -> Iterator[MemoryMeter | None]:
         """Room for a picture; a meter if the needs of its kind are not known yet.
 
         Raises DeviceMemoryFull naming the size that would fit.
@@ -83,6 +83,6 @@ class Workspace:
         self._engine.settle()
         transfer.reserve(max(needed, self._known_bytes))
 
-    def _meter(self, kind: Kind) -> Meter | None:
+    def _meter(self, kind: Kind) -> MemoryMeter | None:
         device = self._engine.transfer.device
-        return Meter(device) if device.type == "cuda" and not self._memory.is_known(kind) else None
+        return MemoryMeter(device) if device.type == "cuda" and not self._memory.is_known(kind) else None

@@ -29,12 +29,15 @@ class Bytes:
 
 
 class Lane(ArenaViews):
-    """Records which gates were opened."""
+    """Records which gates were opened. A gate takes long to bring, so that riders share sweeps."""
 
     def __init__(self) -> None:
         self.opened: list[str] = []
         self.broken: set[str] = set()
         self.on_leave: Callable[[], object] = lambda: None
+
+    def streamed_bytes_of(self, gate: Gate) -> int:
+        return 1 << 30
 
     def leave(self, gate: Gate) -> None:
         self.on_leave()
@@ -195,7 +198,7 @@ def test_a_broken_transfer_fails_its_riders_only(road: Road) -> None:
 def test_order_is_learnt_from_the_first_forward(road: Road) -> None:
     """What comes after a gate is known once it was seen, and the next lap's gates too once laps follow laps."""
     road.drive(laps=2)[1].result(20)
-    track = road.engine._track(road.gates[0])
+    track = road.engine._sweeps.track(road.gates[0])
 
     assert [g.name for g in track.learnt] == ["0", "1", "2", "3"]
     assert [g.name for g in track.after(road.gates[2])] == ["3", "0", "1", "2"]

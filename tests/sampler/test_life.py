@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import threading
 import time
 from pathlib import Path
@@ -18,11 +19,13 @@ from headwater_client import (
     HeadwaterError,
     Phase,
     Progress,
+    Queued,
     Unavailable,
 )
 
 from services.errors import BadArena
 from services.params.arena import attach
+from services.sampler.__main__ import DEVICE_GONE_EXIT
 from tests.sampler.support import draw, leased
 from tests.stack import Stack, running
 
@@ -214,6 +217,44 @@ def test_a_sampler_may_start_before_the_loader(own: Stack) -> None:
         sampler.wait_for("loader connected")
         assert draw(sampler.addresses[0])
         assert health.Check(ask).status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_a_lost_device_ends_the_sampler(own: Stack) -> None:
+    """Who rides and who waits hear UNAVAILABLE, health says NOT_SERVING, the exit code is for a supervisor."""
+    own.loader("--eager-load")
+    other = own.sampler()
+    lost = own.sampler("--test-ring", "--riders", "2", module="tests.sampler.faulty_sampler")
+    heard: list[Unavailable] = []
+
+    def ask(under_way: threading.Event) -> None:
+        try:
+            with Client(lost.addresses[0]) as client:
+                for event in client.stream("a red fox", model="tiny", steps=1000, count=2):
+                    if isinstance(event, Queued) or (isinstance(event, Progress) and event.step):
+                        under_way.set()
+        except Unavailable as error:
+            heard.append(error)
+
+    under_way = [threading.Event() for _ in range(3)]
+    callers = [threading.Thread(target=ask, args=(event,)) for event in under_way]
+    with grpc.insecure_channel(lost.addresses[1]) as channel:
+        service = health_pb2.HealthCheckRequest(service="headwater.sampler.v1.SamplerService")
+        health = health_pb2_grpc.HealthStub(channel).Watch(service, timeout=60)
+        assert next(health).status == health_pb2.HealthCheckResponse.SERVING
+        for caller in callers:
+            caller.start()
+        assert all(event.wait(60) for event in under_way)
+        os.kill(lost.pid, signal.SIGUSR1)
+        states = [state.status for state in health]
+        for caller in callers:
+            caller.join(60)
+
+    assert states == [health_pb2.HealthCheckResponse.NOT_SERVING]
+    assert [error.reason for error in heard] == ["DEVICE_GONE"] * 3
+    assert lost.popen.wait(60) == DEVICE_GONE_EXIT
+    assert not Path(lost.addresses[0].removeprefix("unix:")).exists()
+    assert "the device is lost" in lost.log.read_text()
+    assert draw(other.addresses[0])
 
 
 def test_arena_of_another_generation_is_refused(own: Stack) -> None:

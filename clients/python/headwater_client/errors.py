@@ -130,6 +130,7 @@ BY_REASON: Mapping[str, type[HeadwaterError]] = {
     "UNSUPPORTED_MODEL": BadModel,
     "CHECKPOINT_CHANGED": BadModel,
     "LOADER_GONE": Unavailable,
+    "DEVICE_GONE": Unavailable,
     "SHUTTING_DOWN": Unavailable,
 }
 

@@ -23,6 +23,7 @@ TABLE = [
     ("DATA_LOSS", "CHECKPOINT_CHANGED", hw.BadModel),
     ("UNIMPLEMENTED", "NOT_SERVED", hw.NotServed),
     ("UNAVAILABLE", "LOADER_GONE", hw.Unavailable),
+    ("UNAVAILABLE", "DEVICE_GONE", hw.Unavailable),
     ("UNAVAILABLE", "SHUTTING_DOWN", hw.Unavailable),
     ("DEADLINE_EXCEEDED", "", hw.DeadlineExceeded),
     ("CANCELLED", "", hw.Cancelled),
