@@ -25,6 +25,9 @@ from services.sampler.guard import Guard
 from services.sampler.memo import PromptMemo
 from services.sampler.traits import Traits
 
+# Steps that a picture takes, about: what of a denoiser stays on the device saves so many copies, of an encoder one.
+DENOISE_PASSES = 8
+
 log = structlog.get_logger()
 
 
@@ -78,7 +81,8 @@ class AttachedModel:
             params = tuple(by_tensor[id(t)] for t in tensors if id(t) in by_tensor)
             host = self.engine.transfer.device.type == "cuda" and is_host_lookup(module)
             if params:
-                self.gates.append(Gate(component.name, name, module, component.arena, params, host=host))
+                passes = 1 if is_encoder(component.name) else DENOISE_PASSES
+                self.gates.append(Gate(component.name, name, module, component.arena, params, host=host, passes=passes))
 
     def _move_rest(self, component: BoundComponent) -> None:
         """What the arena does not hold (buffers, conversions) lives on the device for good."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import nn
 
 from services.errors import DeviceMemoryFull
 from services.sampler.engine import Engine
+from services.sampler.gates import Gate
 from services.sampler.work import Kind, Need, WorkMemory
 
 
@@ -32,13 +35,29 @@ class MemoryMeter:
         self.need |= Need(peak, max(self._own_bytes, 0))
 
 
+class Door(Gate):
+    """A gate without params, which a picture passes when there is room for its work."""
+
+    def __init__(self, opens: Callable[[Door], bool]) -> None:
+        nothing: Any = self  # no arena: a track of its own
+        super().__init__("workspace", "door", nn.Identity(), nothing, (), pinned=True, host=True)
+        self._opens = opens
+
+    def is_ready(self) -> bool:
+        return self._opens(self)
+
+
 class Workspace:
-    """Who works on the device now, and the room that the transfer leaves them. Use under the baton."""
+    """Who works on the device now, and the room that the transfer leaves them. Use under the baton.
+
+    A picture for which there is no room beside those at work waits for them, first come, first served.
+    """
 
     def __init__(self, engine: Engine, memory: WorkMemory) -> None:
         self._engine = engine
         self._memory = memory
         self._working: list[Kind] = []
+        self._waiting: dict[Door, Kind] = {}  # in the order of their coming
         self._known_bytes = 0  # the most that pictures of known needs had to have at once
 
     @contextmanager
@@ -47,9 +66,12 @@ class Workspace:
 
         Raises DeviceMemoryFull naming the size that would fit.
         """
+        if self._memory.need(kind).peak_bytes > self._engine.transfer.work_limit_bytes:
+            raise self.too_large(kind, multiple_px)
+        self._wait(kind)
         self._working.append(kind)
         try:
-            self._make_room(kind, multiple_px)
+            self._make_room()
             meter = self._meter(kind)
             yield meter
             if meter is not None:
@@ -73,15 +95,28 @@ class Workspace:
             f"the model, of {room / 2**30:.2f} GiB: {remedy}; or raise --max-vram"
         )
 
-    def _make_room(self, kind: Kind, multiple_px: int) -> None:
-        transfer = self._engine.transfer
-        if self._memory.need(kind).peak_bytes > transfer.work_limit_bytes:
-            raise self.too_large(kind, multiple_px)
+    def _wait(self, kind: Kind) -> None:
+        door = Door(self._opens)
+        self._waiting[door] = kind
+        try:
+            if not door.is_ready():  # else it would wait for its turn in vain
+                self._engine.arrive(door)
+        finally:
+            del self._waiting[door]
+            self._engine.forget([door])
+
+    def _opens(self, door: Door) -> bool:
+        if next(iter(self._waiting)) is not door:
+            return False
+        needed = self._memory.room_bytes([*self._working, self._waiting[door]])
+        return not self._working or needed <= self._engine.transfer.work_limit_bytes
+
+    def _make_room(self) -> None:
         needed = self._memory.room_bytes(self._working)
         if all(map(self._memory.is_known, self._working)):
             self._known_bytes = max(self._known_bytes, needed)
         self._engine.settle()
-        transfer.reserve(max(needed, self._known_bytes))
+        self._engine.transfer.reserve(min(max(needed, self._known_bytes), self._engine.transfer.work_limit_bytes))
 
     def _meter(self, kind: Kind) -> MemoryMeter | None:
         device = self._engine.transfer.device
