@@ -5,7 +5,7 @@ bin := .venv/bin
 protos := $(shell find protos/headwater -name '*.proto')
 packages := pyproject.toml protos/pyproject.toml protos/setup.py protos/generate.py clients/python/pyproject.toml
 
-.PHONY: help setup proto demo test test-clients lint format types check clean
+.PHONY: help setup proto demo test gpu-test test-clients lint format types check clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name note; do \
@@ -21,6 +21,9 @@ demo: setup ## a loader and two samplers draw out/demo.png and say what it cost 
 
 test: setup ## all tests but those that need Go or Node
 	$(bin)/python -m pytest -m 'not clients'
+
+gpu-test: setup ## the tests that need a CUDA device
+	$(bin)/python -m pytest -m gpu
 
 test-clients: setup ## installs Go and Node packages, then tests the Go and TypeScript clients
 	scripts/install-client-toolchains.sh
