@@ -174,10 +174,15 @@ def test_a_component_of_one_gate_is_left_after_each_pass() -> None:
     world = World()
     decoder, gates = world.component("vae", 1, round(BYTES_PER_S)), transformer(world, 1.0)
     known(world, gates, 0.1)
-    world.arrival(world.now, [(decoder, 200)], 0.1)
+    slow = world.arrival(world.now, [(decoder, 200)], 0.1)
     other = world.arrival(world.now + 5, [(gates, 3)], 0.1)
+    left: list[int] = []
+    ended, other.rider.on_done = other.rider.on_done, lambda rider: left.append(slow.steps_left) or ended(rider)
+    came: list[int] = []
+    world.at(world.now + 5, lambda: came.append(slow.steps_left))
     world.run()
 
+    assert came[0] - left[0] <= 3 + 1
     assert other.took_s < 1.5 * 3 * (GATES + 1)
 
 
@@ -231,17 +236,13 @@ def test_a_lost_device_ends_everybody(where: str) -> None:
     rides.append(world.arrival(2.0, [(missing, 1)], 0.1))
     rides.append(world.arrival(100.0, [(gates, 3)], 0.1))
     if where == "compute":
-        world.at(9.0, lambda: raise_(fault()))
+        rides[1].fault = fault()
     else:
         (world.bus.faults if where == "enter" else world.bus.leave_faults)[gates[5]] = [fault()]
     world.run()
 
     assert [type(ride.rider.error) for ride in rides] == [DeviceGone] * 5
     assert len(said) == 1
-
-
-def raise_(error: Exception) -> None:
-    raise error
 
 
 def test_a_fault_as_the_baton_is_laid_down_reaches_who_waits_for_bytes() -> None:

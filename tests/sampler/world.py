@@ -104,6 +104,7 @@ class Ride:
     kind: object
     steps: int
     seed: int = 0
+    fault: Exception | None = None  # raised by its second gate's compute
     rider: Rider = field(init=False)
     done: threading.Event = field(default_factory=threading.Event)
     came: bool = False
@@ -123,6 +124,8 @@ class Ride:
                     self.world.engine.arrive(gate)
                     assert self.world.bus.open is gate, f"{gate} is computed while {self.world.bus.open} is open"
                     value = compute(value, gate)
+                    if self.fault is not None and gate.name == "1":
+                        raise self.fault
                     self.world.pass_for(self.gate_s)
                     assert self.world.bus.open is gate
                 if passes > 1:
