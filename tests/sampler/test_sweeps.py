@@ -169,6 +169,21 @@ def test_a_rider_joins_a_sweep_that_comes_by() -> None:
     assert first.ended_s == pytest.approx(second.ended_s, abs=0.2)
 
 
+def test_a_newcomer_passes_what_is_pinned_at_once() -> None:
+    """It waits for no sweep of the transformer before it is encoded, and is on the transformer's next sweep."""
+    world = World()
+    gates, encoder = transformer(world, 1.0), world.component("text_encoder", 2, round(BYTES_PER_S))
+    (stem,) = world.component("transformer", 1, 0)
+    stem.arena, stem.pinned = gates[0].arena, True
+    known(world, gates, 0.1)
+    world.arrival(world.now, [(gates, 10)], 0.1)
+    newcomer = world.arrival(world.now + 3.5, [([stem], 1), (encoder, 1), (gates, 1)], 0.1)
+    world.run()
+
+    assert newcomer.rider.result == newcomer.alone()
+    assert newcomer.took_s < 1.2 * (GATES + 2 + GATES)
+
+
 def test_a_component_of_one_gate_is_left_after_each_pass() -> None:
     """Who comes back to the gate where it stands rides the next sweep, and others have their turn between."""
     world = World()
