@@ -99,6 +99,10 @@ class Engine:
         self._stop_meter(rider)
         rider.raise_fault()
         parked = not gate.is_ready()
+        if gate.pinned and not parked:
+            self._pass_pinned(gate)
+            rider.on_gate(gate, False)
+            return
         if parked:
             since = self._clock()
             rider.on_gate(gate, True)
@@ -120,7 +124,6 @@ class Engine:
     def settle(self) -> None:
         """Close the open gate, whoever stands there: what the transfer holds is about to be planned anew."""
         self._close()
-        self._sweeps.replanned()
 
     def forget(self, gates: list[Gate]) -> None:
         """Drop what was learnt of a model that goes. The caller holds the baton and no rider stands at these gates."""
@@ -208,6 +211,12 @@ class Engine:
                 raise
             # Nobody's yet: whoever comes to that gate has more room, or hears of it.
             log.debug("no memory to bring a gate ahead of time", after=str(gate))
+
+    def _pass_pinned(self, gate: Gate) -> None:
+        """What stays on the device once it is there needs no sweep, and a newcomer need not wait for one."""
+        self._close()
+        self.transfer.enter(gate)
+        self.transfer.leave(gate)
 
     def _close(self) -> None:
         gate, self._open = self._open, None

@@ -181,15 +181,9 @@ class Sweeps:
         rider.compute_s += seconds
         self.track(gate).costs.took(rider.kind, gate, seconds)
 
-    def replanned(self) -> None:
-        """What is resident may have changed."""
-        for track in self._tracks.values():
-            track.bus_s = None
-
     def _bus_s(self, track: Track) -> float:
-        if track.bus_s is None:
-            track.bus_s = sum(self._bus_s_of_gate(gate) for gate in track.learnt)
-        return track.bus_s
+        """What a sweep keeps the bus busy. Summed up for each: what is resident may change at any time."""
+        return sum(self._bus_s_of_gate(gate) for gate in track.learnt)
 
     def _due_s(self, rider: Rider) -> float:
         return rider.seated_s + self._steps.remaining_s(rider)

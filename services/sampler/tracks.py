@@ -18,7 +18,6 @@ class Track:
         self.place: dict[Gate, int] = {}
         self.cycles = False  # whether forwards follow each other, as denoise steps do
         self.costs = PassCosts()
-        self.bus_s: float | None = None  # what one sweep keeps the bus busy; None: to be summed up anew
         self.waiting: dict[Gate, list[Rider]] = {}  # at gates that are READY, on no sweep
         self.turn = 0  # number of its latest sweep among all sweeps
 
@@ -27,7 +26,6 @@ class Track:
         if gate not in self.place:
             self.place[gate] = len(self.learnt)
             self.learnt.append(gate)
-            self.bus_s = None
         elif before in self.place and self.place[gate] < self.place[before]:
             self.cycles = True
 

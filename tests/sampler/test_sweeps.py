@@ -169,15 +169,35 @@ def test_a_rider_joins_a_sweep_that_comes_by() -> None:
     assert first.ended_s == pytest.approx(second.ended_s, abs=0.2)
 
 
+def test_a_newcomer_passes_what_is_pinned_at_once() -> None:
+    """It waits for no sweep of the transformer before it is encoded, and is on the transformer's next sweep."""
+    world = World()
+    gates, encoder = transformer(world, 1.0), world.component("text_encoder", 2, round(BYTES_PER_S))
+    (stem,) = world.component("transformer", 1, 0)
+    stem.arena, stem.pinned = gates[0].arena, True
+    known(world, gates, 0.1)
+    world.arrival(world.now, [(gates, 10)], 0.1)
+    newcomer = world.arrival(world.now + 3.5, [([stem], 1), (encoder, 1), (gates, 1)], 0.1)
+    world.run()
+
+    assert newcomer.rider.result == newcomer.alone()
+    assert newcomer.took_s < 1.2 * (GATES + 2 + GATES)
+
+
 def test_a_component_of_one_gate_is_left_after_each_pass() -> None:
     """Who comes back to the gate where it stands rides the next sweep, and others have their turn between."""
     world = World()
     decoder, gates = world.component("vae", 1, round(BYTES_PER_S)), transformer(world, 1.0)
     known(world, gates, 0.1)
-    world.arrival(world.now, [(decoder, 200)], 0.1)
+    slow = world.arrival(world.now, [(decoder, 200)], 0.1)
     other = world.arrival(world.now + 5, [(gates, 3)], 0.1)
+    left: list[int] = []
+    ended, other.rider.on_done = other.rider.on_done, lambda rider: left.append(slow.steps_left) or ended(rider)
+    came: list[int] = []
+    world.at(world.now + 5, lambda: came.append(slow.steps_left))
     world.run()
 
+    assert came[0] - left[0] <= 3 + 1
     assert other.took_s < 1.5 * 3 * (GATES + 1)
 
 
@@ -231,17 +251,13 @@ def test_a_lost_device_ends_everybody(where: str) -> None:
     rides.append(world.arrival(2.0, [(missing, 1)], 0.1))
     rides.append(world.arrival(100.0, [(gates, 3)], 0.1))
     if where == "compute":
-        world.at(9.0, lambda: raise_(fault()))
+        rides[1].fault = fault()
     else:
         (world.bus.faults if where == "enter" else world.bus.leave_faults)[gates[5]] = [fault()]
     world.run()
 
     assert [type(ride.rider.error) for ride in rides] == [DeviceGone] * 5
     assert len(said) == 1
-
-
-def raise_(error: Exception) -> None:
-    raise error
 
 
 def test_a_fault_as_the_baton_is_laid_down_reaches_who_waits_for_bytes() -> None:

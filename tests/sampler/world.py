@@ -104,6 +104,7 @@ class Ride:
     kind: object
     steps: int
     seed: int = 0
+    fault: Exception | None = None  # raised by its second gate's compute
     rider: Rider = field(init=False)
     done: threading.Event = field(default_factory=threading.Event)
     came: bool = False
@@ -121,13 +122,18 @@ class Ride:
             for _ in range(passes):
                 for gate in gates:
                     self.world.engine.arrive(gate)
-                    assert self.world.bus.open is gate, f"{gate} is computed while {self.world.bus.open} is open"
+                    self._assert_open(gate)
                     value = compute(value, gate)
+                    if self.fault is not None and gate.name == "1":
+                        raise self.fault
                     self.world.pass_for(self.gate_s)
-                    assert self.world.bus.open is gate
+                    self._assert_open(gate)
                 if passes > 1:
                     self.steps_left -= 1
         return value
+
+    def _assert_open(self, gate: Gate) -> None:
+        assert gate.pinned or self.world.bus.open is gate, f"{gate} is computed while {self.world.bus.open} is open"
 
     def alone(self) -> int:
         """The result that it has when it rides alone."""
