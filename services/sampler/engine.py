@@ -65,6 +65,7 @@ class Engine:
         self._idle = True  # the baton lies on the table
         self._runnable: deque[Rider] = deque()  # no gate to wait for: new, or to be ended
         self._standing: dict[Gate, deque[Rider]] = {}
+        self._away: set[Rider] = set()  # waiting for what no gate brings
         self._tracks: dict[object, Track] = {}
         self._open: Gate | None = None
         self._local = threading.local()
@@ -84,6 +85,7 @@ class Engine:
             if rider.gate is not None and rider in self._standing.get(rider.gate, ()):
                 self._take(rider.gate, rider)
                 self._runnable.append(rider)
+            self._back(rider)
 
         self._tell(free)
 
@@ -121,6 +123,19 @@ class Engine:
         if parked:
             rider.costs.stall_s += time.monotonic() - rider.since
         rider.on_gate(gate, False)
+
+    def stand_by(self, gate: Gate, start: Callable[[Callable[[], None]], None]) -> None:
+        """Wait in front of a gate, without the baton, until what `start` was given is called, from any thread.
+
+        Raises Cancelled as soon as the caller goes away.
+        """
+        rider: Rider = self._local.rider
+        rider.raise_fault()
+        rider.on_gate(gate, True)
+        self._away.add(rider)
+        start(lambda: self._tell(lambda: self._back(rider)))
+        self._give_on(rider)
+        rider.raise_fault()
 
     def leave(self, gate: Gate) -> None:
         """Close a gate before the next one is reached, so that its memory can be used for others."""
@@ -237,6 +252,11 @@ class Engine:
         if not riders:
             del self._standing[gate]
         return rider
+
+    def _back(self, rider: Rider) -> None:
+        if rider in self._away:
+            self._away.discard(rider)
+            self._runnable.append(rider)
 
     def _fail(self, gate: Gate, error: Exception) -> None:
         riders = self._standing.pop(gate)
