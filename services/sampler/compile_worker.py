@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import signal
 import sys
 import time
@@ -51,12 +52,7 @@ def compile_block(job: Job) -> None:
     block = build_block(job)
     args, kwargs = build(job.args), build(job.kwargs)
     with torch.inference_mode():
-        compiled(type(block))(block, *args, **kwargs)
-
-
-def compiled(cls: type[nn.Module]) -> Any:
-    """`cls.forward`, compiled for exact sizes: one program serves all instances that are alike."""
-    return torch.compile(cls.forward, dynamic=False)
+        compiling.compiled(type(block))(block, *args, **kwargs)
 
 
 def build_block(job: Job) -> nn.Module:
@@ -77,6 +73,9 @@ def build_block(job: Job) -> nn.Module:
 def main() -> int:
     """Serve jobs from stdin until it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the sampler ends us
+    # Answers alone: a compiler may print, and its processes must not keep the sampler's pipe open after our death.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     compiling.use_cache(Path(sys.argv[1]))
     compiling.settle_thread()
     for line in sys.stdin:
@@ -87,7 +86,7 @@ def main() -> int:
             answer = {"ok": True, "seconds": round(time.monotonic() - started, 3)}
         except Exception as error:  # whatever it is, the sampler compiles by itself then
             answer = {"ok": False, "reason": f"{type(error).__name__}: {error}"[:500]}
-        print(json.dumps(answer), flush=True)  # noqa: T201
+        print(json.dumps(answer), file=answers, flush=True)
     return 0
 
 

@@ -23,7 +23,7 @@ from torch._dynamo.eval_frame import reset_code
 
 from services.errors import UnsupportedModel
 from services.sampler import compiling
-from services.sampler.compile_worker import Job, compiled
+from services.sampler.compile_worker import Job
 from services.sampler.engine import Engine
 from services.sampler.gates import Gate
 from services.sampler.helper import Helper
@@ -81,7 +81,8 @@ class Compiler:
         module = block.gate.module
         cls = type(module)
         if cls not in self._compiled:
-            self._compiled[cls] = guarded(compiled(cls), cls)
+            # The helper has compilers beside it; the sampler starts no processes for what comes from the cache.
+            self._compiled[cls] = guarded(compiling.compiled(cls, compile_threads=1), cls)
         module.forward = types.MethodType(self._compiled[cls], module)
         module.register_forward_pre_hook(functools.partial(self._before, block), with_kwargs=True)
 

@@ -12,17 +12,21 @@ What each is for:
 - `fx_graph_cache` and the remote caches: programs come from the local cache folder and from nowhere else.
 
 torch keeps settings per thread, and riders are threads, so each thread that may compile calls `settle_thread` first.
+Those of inductor go along with each `torch.compile` instead: dynamo puts `deterministic` back to what
+`torch.use_deterministic_algorithms` says after every compile.
 """
 
 from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch._dynamo
-import torch._inductor.config
+from torch import nn
 from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 # Programs that one function may have before they are dropped and made anew as they are asked for: each call of the
@@ -40,7 +44,7 @@ DYNAMO: dict[str, object] = {
     "recompile_limit": 8 * PROGRAM_LIMIT,
     "accumulated_recompile_limit": 8 * PROGRAM_LIMIT,
 }
-INDUCTOR: dict[str, object] = {
+INDUCTOR: dict[str, str | int | bool | Callable[..., Any]] = {
     "deterministic": True,
     "max_autotune": False,
     "max_autotune_pointwise": False,
@@ -60,11 +64,15 @@ def settle_thread() -> None:
     """Put the settings in force for the calling thread; cheap when they are. Raises AttributeError if torch is old."""
     if getattr(_settled, "done", False):
         return
-    for module, values in ((torch._dynamo.config, DYNAMO), (torch._inductor.config, INDUCTOR)):
-        for name, value in values.items():
-            getattr(module, name)  # a setting that this torch does not know would be taken without a word
-            setattr(module, name, value)
+    for name, value in DYNAMO.items():
+        getattr(torch._dynamo.config, name)  # a setting that this torch does not know would be taken without a word
+        setattr(torch._dynamo.config, name, value)
     _settled.done = True
+
+
+def compiled(cls: type[nn.Module], **options: int) -> Any:
+    """`cls.forward`, compiled for exact sizes: one program serves all instances that are alike."""
+    return torch.compile(cls.forward, dynamic=False, options=INDUCTOR | options)
 
 
 def use_cache(folder: Path) -> None:
