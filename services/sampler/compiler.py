@@ -19,7 +19,7 @@ from typing import Any
 import structlog
 import torch
 from torch import nn
-from torch._dynamo.eval_frame import reset_code
+from torch._C._dynamo.eval_frame import reset_code
 
 from services.errors import UnsupportedModel
 from services.sampler import compiling
@@ -67,7 +67,7 @@ class Compiler:
         self._made: dict[CodeType, set[Signature]] = {}  # programs in this process, by the function they are of
 
     def take(self, component: nn.Module, config: Path, gates: Iterable[Gate]) -> int:
-        """Compile the blocks among a denoiser's gates; returns how many. Before gates are hooked: a wait comes first."""
+        """Compile the blocks among a denoiser's gates; returns how many. Before gates are hooked: waits are first."""
         chosen = repeated(gates)
         for gate in chosen:
             self._take(describe(gate, type(component), config))

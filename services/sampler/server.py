@@ -67,7 +67,7 @@ async def serve(config: Config) -> None:
 
 @contextmanager
 def open_compiler(config: Config, engine: Engine) -> Iterator[Compiler | None]:
-    """The compiler, if this replica computes with compiled blocks. Raises OSError for a cache that cannot be written."""
+    """The compiler, if this replica computes with compiled blocks. Raises OSError if the cache cannot be made."""
     if config.numerics is Numerics.EAGER:
         yield None
         return

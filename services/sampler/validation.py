@@ -32,7 +32,7 @@ NUMERICS = {1: Numerics.EAGER, 2: Numerics.COMPILED}
 
 
 def image_request(message: Any, numerics: Numerics = Numerics.EAGER) -> ImageRequest:
-    """The request that a GenerateRequest message asks of a replica with these numerics. Raises NotServed, InvalidRequest."""
+    """The request that a GenerateRequest asks of a replica with these numerics. Raises NotServed, InvalidRequest."""
     asked = [field for field in NOT_SERVED if is_set(message, field)]
     if message.output.format not in PNG:
         asked.append("output.format")
