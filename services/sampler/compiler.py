@@ -132,7 +132,18 @@ def describe(gate: Gate, component: type[nn.Module], config: Path) -> Block:
         kind, dtype, shape, stride, _, is_inference = signature(views.get(id(tensor), tensor))
         tensors[name] = (kind, dtype, shape, stride, device, is_inference)
     cls = type(gate.module)
-    return Block(gate, component, config, tensors, (f"{cls.__module__}.{cls.__qualname__}", *sorted(tensors.items())))
+    kind = (f"{cls.__module__}.{cls.__qualname__}", *sorted(tensors.items()), *switches(gate.module))
+    return Block(gate, component, config, tensors, kind)
+
+
+def switches(module: nn.Module) -> list[Signature]:
+    """Scalars on the module whose names its forward mentions: blocks that differ in one have different programs.
+
+    Only a guess of how many programs there are: a wrong one costs a compile under the baton, never pixels.
+    """
+    mentioned = type(module).forward.__code__.co_names
+    scalars = {name: signature(value) for name, value in vars(module).items() if name in mentioned}
+    return sorted((name, *layout) for name, layout in scalars.items() if layout[0] == "value")
 
 
 def guarded(program: Any, cls: type[nn.Module]) -> Any:

@@ -69,7 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--numerics", type=Numerics, choices=Numerics, default=Numerics.EAGER, metavar="{eager,compiled}",
         help="eager: diffusers' own bits; compiled: blocks of denoisers compiled, faster (default: eager)")  # fmt: skip
     add("--compile-cache", type=Path, default=cache_home() / "headwater", metavar="DIR",
-        help="folder of compiled programs, which replicas may share (default: %(default)s)")  # fmt: skip
+        help="folder of compiled programs, which replicas may share; who can write there can run code in them "
+        "(default: %(default)s)")  # fmt: skip
     add("--riders", type=_positive, dest="rider_limit", default=4, metavar="N",
         help="pictures drawn at once (default: %(default)s)")  # fmt: skip
     add("--queue", type=_positive, dest="queue_limit", default=64, metavar="N",
@@ -83,8 +84,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def cache_home() -> Path:
-    """Where this user's programs may keep what they can make again, as the XDG base directories say."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    """Where this user's programs keep what they can make again, as the XDG base directory specification says."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
 
 
 def _positive(text: str) -> int:

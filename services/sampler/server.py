@@ -67,12 +67,16 @@ async def serve(config: Config) -> None:
 
 @contextmanager
 def open_compiler(config: Config, engine: Engine) -> Iterator[Compiler | None]:
-    """The compiler, if this replica computes with compiled blocks. Raises OSError if the cache cannot be made."""
+    """The compiler, if this replica computes with compiled blocks. Raises ConfigError."""
     if config.numerics is Numerics.EAGER:
         yield None
         return
-    compiling.use_cache(config.compile_cache)
-    with closing(Compiler(engine, config.compile_cache)) as compiler:
+    try:
+        cache = config.compile_cache.expanduser()
+        compiling.use_cache(cache)
+    except (OSError, RuntimeError) as error:  # RuntimeError: this user has no home
+        raise ConfigError(f"--compile-cache {config.compile_cache}: {error}") from error
+    with closing(Compiler(engine, cache)) as compiler:
         yield compiler
 
 
