@@ -59,9 +59,9 @@ class Block:
 class Compiler:
     """Owns what was compiled and the helper process. Use it under the baton; close it when riders have ended."""
 
-    def __init__(self, engine: Engine, cache: Path) -> None:
+    def __init__(self, engine: Engine, helper: Helper) -> None:
         self._engine = engine
-        self._helper = Helper(cache)
+        self._helper = helper
         self._compiled: dict[type[nn.Module], Any] = {}
         self._cached: set[Signature] = set()  # the helper is done with these, well or not
         self._made: dict[CodeType, set[Signature]] = {}  # programs in this process, by the function they are of

@@ -12,7 +12,7 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import structlog
@@ -20,6 +20,7 @@ import structlog
 from services.sampler.compile_worker import Job
 from services.sampler.signatures import Signature
 
+PROGRAM = ("-m", "services.sampler.compile_worker")
 # A new size needs several programs, one right after the other.
 LINGER_S = 20.0
 # torch and diffusers are imported, a model is built from its config, kernels are compiled: minutes on a poor machine.
@@ -31,8 +32,8 @@ log = structlog.get_logger()
 class Helper:
     """Runs jobs one by one. `ask` and `close` may be called from any thread."""
 
-    def __init__(self, cache: Path) -> None:
-        self._cache = cache
+    def __init__(self, cache: Path, program: Sequence[str] = PROGRAM) -> None:
+        self._command = [sys.executable, *program, str(cache)]
         self._jobs: queue.SimpleQueue[tuple[Signature, Job] | None] = queue.SimpleQueue()
         self._waiting: dict[Signature, list[Callable[[], None]]] = {}
         self._mutex = threading.Lock()
@@ -108,11 +109,12 @@ class Helper:
 
     def _started(self) -> subprocess.Popen[str]:
         if self._process is None:
-            command = [sys.executable, "-m", "services.sampler.compile_worker", str(self._cache)]
             with self._mutex:
                 if self._closed:
                     raise OSError("the sampler stops")
-                self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+                self._process = subprocess.Popen(
+                    self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+                )
         return self._process
 
     def _end(self) -> None:

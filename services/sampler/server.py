@@ -30,6 +30,7 @@ from services.sampler.compiler import Compiler
 from services.sampler.config import Config, ConfigError
 from services.sampler.device import open_device
 from services.sampler.engine import Engine
+from services.sampler.helper import Helper
 from services.sampler.library import Library
 from services.sampler.requests import Numerics
 from services.sampler.sampler import Sampler
@@ -76,7 +77,7 @@ def open_compiler(config: Config, engine: Engine) -> Iterator[Compiler | None]:
         compiling.use_cache(cache)
     except (OSError, RuntimeError) as error:  # RuntimeError: this user has no home
         raise ConfigError(f"--compile-cache {config.compile_cache}: {error}") from error
-    with closing(Compiler(engine, cache)) as compiler:
+    with closing(Compiler(engine, Helper(cache))) as compiler:
         yield compiler
 
 
