@@ -41,6 +41,7 @@ class Block:
     config: Path  # folder of the component's config
     tensors: dict[str, Signature]
     kind: Signature  # equal for blocks that share programs
+    number: int = 0  # of the kind: a short key, for it is looked up at every call
 
     def job(self, args: Signature, kwargs: Signature, device: torch.device) -> Job:
         return Job(
@@ -63,6 +64,7 @@ class Compiler:
         self._engine = engine
         self._helper = helper
         self._compiled: dict[type[nn.Module], Any] = {}
+        self._kinds: dict[Signature, int] = {}
         self._cached: set[Signature] = set()  # the helper is done with these, well or not
         self._made: dict[CodeType, set[Signature]] = {}  # programs in this process, by the function they are of
 
@@ -78,6 +80,7 @@ class Compiler:
         self._helper.close()
 
     def _take(self, block: Block) -> None:
+        block.number = self._kinds.setdefault(block.kind, len(self._kinds))
         module = block.gate.module
         cls = type(module)
         if cls not in self._compiled:
@@ -91,7 +94,7 @@ class Compiler:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Wait for the block's program, in front of its gate."""
         layout, options = signature(args), signature(kwargs)
-        key = (block.kind, layout, options)
+        key = (block.number, layout, options)
         made = self._made.setdefault(type(module).forward.__code__, set())
         if key not in made:
             if key not in self._cached and is_portable(layout) and is_portable(options):

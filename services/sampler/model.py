@@ -101,7 +101,8 @@ class AttachedModel:
                 continue
             gates = self.gates_of(component.name)
             count = compiler.take(component.module, config / component.name, gates)
-            log.info("compiled blocks", model=self.name, component=component.name, blocks=count, gates=len(gates))
+            tell = log.info if count else log.warning  # a denoiser that is one gate has no blocks, and stays eager
+            tell("blocks to compile", model=self.name, component=component.name, blocks=count, gates=len(gates))
 
     def _install_hooks(self) -> None:
         for gate in self.gates:

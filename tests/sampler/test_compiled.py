@@ -22,7 +22,7 @@ from services.sampler import compiling
 from services.sampler.compiler import Compiler
 from services.sampler.drawing import Drawing
 from services.sampler.engine import Engine
-from services.sampler.helper import PROGRAM, Helper
+from services.sampler.helper import Helper
 from services.sampler.model import AttachedModel
 from services.sampler.requests import ImageRequest
 from services.sampler.sampler import png
@@ -32,6 +32,8 @@ from tests.stack import Process, Stack
 
 # A gate for each block of the tiny Z-Image, as real sizes have it.
 GATE_LIMIT = 400_000
+# A helper that finds everything done.
+YES = ("-c", 'import sys\nfor line in sys.stdin: print(\'{"ok": true, "seconds": 0}\', flush=True)')
 CompilerOf = Callable[..., Compiler]
 SIZES = [(64, 64), (96, 64), (64, 64), (96, 64)]
 
@@ -106,13 +108,13 @@ def test_fresh_cache(stack: Stack, tmp_path: Path, together: list[str]) -> None:
 
 @pytest.fixture
 def compiler_of(cache: Path, together: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[CompilerOf]:
-    """Makes compilers in this process over the folder that has all programs; `program` stands in for the helper."""
+    """Makes compilers in this process over the folder that has all programs already; `program` is the helper's part."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # restored afterwards
     compiling.use_cache(cache)
     torch._dynamo.reset()
     with ExitStack() as compilers:
 
-        def make(engine: Engine, program: Sequence[str] = PROGRAM) -> Compiler:
+        def make(engine: Engine, program: Sequence[str] = YES) -> Compiler:
             return compilers.enter_context(closing(Compiler(engine, Helper(cache, program))))
 
         yield make
