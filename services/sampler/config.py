@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from services.rpc.logs import LOG_FORMATS, LOG_LEVELS, LogFormat
+from services.sampler.requests import Numerics
 
 PAGE_LOCKS = ("read-only", "protected", "staged")
 
@@ -30,6 +32,8 @@ class Config:
     work_reserve_gib: float
     page_lock: str
     gate_limit_bytes: int
+    numerics: Numerics
+    compile_cache: Path
     rider_limit: int
     queue_limit: int
     name: str
@@ -68,6 +72,11 @@ def _parser() -> argparse.ArgumentParser:
     # A gate is a contiguous copy worth having, yet small enough that three of them fit a small budget.
     add("--gate-limit", type=_positive, dest="gate_limit_bytes", default=512 << 20, metavar="BYTES",
         help="largest gate that need not be split (default: %(default)s)")  # fmt: skip
+    add("--numerics", type=Numerics, choices=Numerics, default=Numerics.EAGER, metavar="{eager,compiled}",
+        help="eager: diffusers' own bits; compiled: blocks of denoisers compiled, faster (default: eager)")  # fmt: skip
+    add("--compile-cache", type=Path, default=cache_home() / "headwater", metavar="DIR",
+        help="folder of compiled programs, which replicas may share; who can write there can run code in them "
+        "(default: %(default)s)")  # fmt: skip
     add("--riders", type=_positive, dest="rider_limit", default=4, metavar="N",
         help="pictures drawn at once (default: %(default)s)")  # fmt: skip
     add("--queue", type=_positive, dest="queue_limit", default=64, metavar="N",
@@ -79,6 +88,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--log-format", choices=LOG_FORMATS, default="text")
     add("--log-level", choices=LOG_LEVELS, default="info")
     return parser
+
+
+def cache_home() -> Path:
+    """Where this user's programs keep what they can make again, as the XDG base directory specification says."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
 
 
 def _positive(text: str) -> int:

@@ -54,6 +54,7 @@ class Engine:
         self._idle = True  # the baton lies on the table
         self._runnable: deque[Rider] = deque()  # no gate to wait for: new, or to be ended
         self._sweeps = Sweeps(lambda gate: transfer.streamed_bytes_of(gate) / self._meter.bus_bytes_per_s)
+        self._away: set[Rider] = set()  # waiting for what no gate brings
         self._open: Gate | None = None
         self._local = threading.local()
 
@@ -72,6 +73,7 @@ class Engine:
                 rider.fault = Cancelled("the caller went away")
             if self._sweeps.drop(rider):
                 self._runnable.append(rider)
+            self._back(rider)
 
         self._tell(free)
 
@@ -115,6 +117,22 @@ class Engine:
             rider.costs.stall_s += self._clock() - since
         rider.on_gate(gate, False)
         rider.mark = self._meter.start()
+
+    def stand_by(self, gate: Gate, start: Callable[[Callable[[], None]], None]) -> None:
+        """Wait in front of a gate, without the baton, until what `start` was given is called, from any thread.
+
+        Raises Cancelled as soon as the caller goes away.
+        """
+        rider: Rider = self._local.rider
+        self._stop_meter(rider)
+        rider.raise_fault()
+        rider.on_gate(gate, True)
+        self._away.add(rider)
+        start(lambda: self._tell(lambda: self._back(rider)))
+        rider.on_pause()
+        self._give_on(rider)
+        rider.raise_fault()
+        rider.on_gate(gate, False)
 
     def leave(self, gate: Gate) -> None:
         """Close a gate before the next one is reached, so that its memory can be used for others."""
@@ -231,6 +249,11 @@ class Engine:
 
     # ---- what goes wrong
 
+    def _back(self, rider: Rider) -> None:
+        if rider in self._away:
+            self._away.discard(rider)
+            self._runnable.append(rider)
+
     def _not_entered(self, rider: Rider, gate: Gate, error: Exception) -> None:
         """A gate could not be brought for `rider`, nor for others that stand there unless it was for want of memory."""
         if is_device_fault(error):
@@ -243,6 +266,7 @@ class Engine:
     def _end(self, riders: Iterable[Rider], error: Exception) -> None:
         for rider in riders:
             self._sweeps.drop(rider)
+            self._away.discard(rider)
             rider.fault = error
             self._runnable.append(rider)
 
@@ -252,7 +276,7 @@ class Engine:
             self.gone = DeviceGone("this replica's device has failed and the replica ends: try another one")
             log.error("the device is lost", device=str(self.transfer.device), exc_info=error)
             self.on_gone()
-        self._end(self._sweeps.standing(), self.gone)
+        self._end([*self._sweeps.standing(), *self._away], self.gone)
         return self.gone
 
     def _stop_meter(self, rider: Rider) -> None:

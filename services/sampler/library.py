@@ -18,6 +18,7 @@ from services.errors import HeadwaterError, InvalidRequest, LoaderGone
 from services.params.arena import AttachedArena, attach
 from services.rpc.loader_client import LoaderClient, LoaderModel, PrepareNews
 from services.sampler.binding import BoundComponent, build_pipeline
+from services.sampler.compiler import Compiler
 from services.sampler.engine import Engine
 from services.sampler.model import AttachedModel
 from services.sampler.riders import Rider
@@ -33,7 +34,13 @@ class Library:
     """Attached models by name. All methods belong to one event loop; what touches modules runs under the baton."""
 
     def __init__(
-        self, loader: LoaderClient, engine: Engine, arena_dir: Path, gate_limit_bytes: int, replica: str
+        self,
+        loader: LoaderClient,
+        engine: Engine,
+        arena_dir: Path,
+        gate_limit_bytes: int,
+        replica: str,
+        compiler: Compiler | None = None,
     ) -> None:
         self.attached: dict[str, AttachedModel] = {}
         self.loader_connected = False
@@ -42,6 +49,7 @@ class Library:
         self._arena_dir = arena_dir
         self._gate_limit_bytes = gate_limit_bytes
         self._replica = replica
+        self._compiler = compiler
         self._attaching: dict[str, asyncio.Task[AttachedModel]] = {}
         self._fills: dict[str, asyncio.Task[None]] = {}
         self._uses: dict[AttachedModel, int] = {}
@@ -169,7 +177,9 @@ class Library:
             built, components = await self.on_baton(pipeline)
         traits = traits_of(built, config)
         return await self.on_baton(
-            lambda: AttachedModel(name, built, components, self._engine, traits, self._gate_limit_bytes)
+            lambda: AttachedModel(
+                name, built, components, self._engine, traits, self._gate_limit_bytes, self._compiler, config
+            )
         )
 
     async def _follow(self, model: AttachedModel) -> None:

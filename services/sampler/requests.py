@@ -18,6 +18,13 @@ class Phase(Enum):
     DECODING = "decoding"
 
 
+class Numerics(Enum):
+    """How arithmetic is done."""
+
+    EAGER = "eager"
+    COMPILED = "compiled"
+
+
 @dataclass(frozen=True, slots=True)
 class ImageRequest:
     """A validated request. Zero, empty or None: the model's default, filled in by `Traits.resolve`."""

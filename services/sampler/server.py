@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 
 import grpc
 import structlog
@@ -23,14 +24,18 @@ from services.rpc.server import (
     release,
     run_until_signal,
 )
+from services.sampler import compiling
 from services.sampler.admission import Admission
 from services.sampler.binding import check_libraries
+from services.sampler.compiler import Compiler
 from services.sampler.config import Config, ConfigError
 from services.sampler.device import GIB, open_device
 from services.sampler.engine import Engine
+from services.sampler.helper import Helper
 from services.sampler.library import Library
 from services.sampler.meter import open_meter
 from services.sampler.metrics import numbers
+from services.sampler.requests import Numerics
 from services.sampler.sampler import Sampler
 from services.sampler.service import SERVICE, SamplerService
 from services.sampler.work import WorkMemory
@@ -53,18 +58,35 @@ async def serve(config: Config) -> None:
         for address in config.listen:
             addresses.append(bind(server, address))
         async with LoaderClient(config.loader) as loader:
-            library = Library(loader, engine, config.arena_dir, config.gate_limit_bytes, config.name)
-            workspace = Workspace(engine, WorkMemory(round(config.work_reserve_gib * GIB)))
-            sampler = Sampler(library, engine, workspace, Admission(config.rider_limit, config.queue_limit))
-            service = SamplerService(sampler, config.name, facts)
-            sampler_pb2_grpc.add_SamplerServiceServicer_to_server(service, server)
-            log.info("serving", addresses=addresses, device=str(facts.device), transfer=transfer.way,
-                     budget_bytes=facts.budget_bytes)  # fmt: skip
-            with serving_metrics(config.metrics, lambda: numbers(sampler, facts)):
+            with open_compiler(config, engine) as compiler:
+                library = Library(loader, engine, config.arena_dir, config.gate_limit_bytes, config.name, compiler)
+                workspace = Workspace(engine, WorkMemory(round(config.work_reserve_gib * GIB)))
+                sampler = Sampler(library, engine, workspace, Admission(config.rider_limit, config.queue_limit))
+                service = SamplerService(sampler, config.name, facts, config.numerics)
+                sampler_pb2_grpc.add_SamplerServiceServicer_to_server(service, server)
+                log.info("serving", addresses=addresses, device=str(facts.device), transfer=transfer.way,
+                         budget_bytes=facts.budget_bytes, numerics=config.numerics.value)  # fmt: skip
+                with serving_metrics(config.metrics, lambda: numbers(sampler, facts)):
+                    await run(server, sampler, service, config.grace_s)
                 await run(server, sampler, service, config.grace_s)
     finally:
         for address in addresses:
             release(address)
+
+
+@contextmanager
+def open_compiler(config: Config, engine: Engine) -> Iterator[Compiler | None]:
+    """The compiler, if this replica computes with compiled blocks. Raises ConfigError."""
+    if config.numerics is Numerics.EAGER:
+        yield None
+        return
+    try:
+        cache = config.compile_cache.expanduser()
+        compiling.use_cache(cache)
+    except (OSError, RuntimeError) as error:  # RuntimeError: this user has no home
+        raise ConfigError(f"--compile-cache {config.compile_cache}: {error}") from error
+    with closing(Compiler(engine, Helper(cache))) as compiler:
+        yield compiler
 
 
 async def run(server: grpc.aio.Server, sampler: Sampler, service: SamplerService, grace_s: float) -> None:

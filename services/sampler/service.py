@@ -18,7 +18,18 @@ from services.errors import LoaderGone, ShuttingDown
 from services.rpc.loader_client import LoaderModel, PrepareNews
 from services.sampler.device import DeviceFacts
 from services.sampler.model import AttachedModel
-from services.sampler.requests import Event, Finished, ImageRequest, Phase, Picture, Preview, Progress, Queued, Started
+from services.sampler.requests import (
+    Event,
+    Finished,
+    ImageRequest,
+    Numerics,
+    Phase,
+    Picture,
+    Preview,
+    Progress,
+    Queued,
+    Started,
+)
 from services.sampler.sampler import Sampler
 from services.sampler.validation import image_request
 
@@ -29,16 +40,18 @@ MODEL_STATES = {
     loader_pb2.ResidencyState.Value(f"RESIDENCY_STATE_{state}"): pb.ModelState.Value(f"MODEL_STATE_{state}")
     for state in ("UNSPECIFIED", "ABSENT", "FILLING", "READY", "FAILED")
 }
+NUMERICS = {numerics: pb.Numerics.Value(f"NUMERICS_{numerics.name}") for numerics in Numerics}
 PHASES = {phase: pb.Phase.Value(f"PHASE_{phase.name}") for phase in Phase}
 
 
 class SamplerService(sampler_pb2_grpc.SamplerServiceServicer):
     """Adapter of a Sampler. `drain` makes it refuse new work."""
 
-    def __init__(self, sampler: Sampler, replica: str, device: DeviceFacts) -> None:
+    def __init__(self, sampler: Sampler, replica: str, device: DeviceFacts, numerics: Numerics) -> None:
         self._sampler = sampler
         self._replica = replica
         self._device = device
+        self._numerics = numerics
         self._started = time.monotonic()
         self._draining = False
 
@@ -47,7 +60,7 @@ class SamplerService(sampler_pb2_grpc.SamplerServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncGenerator[pb.GenerateResponse, None]:
         self._check_serving()
-        async with aclosing(self._sampler.generate(image_request(request))) as events:
+        async with aclosing(self._sampler.generate(image_request(request, self._numerics))) as events:
             async for event in events:
                 for response in self._responses(event):
                     yield response
@@ -69,7 +82,7 @@ class SamplerService(sampler_pb2_grpc.SamplerServiceServicer):
             traits = model.traits
             response = pb.GetModelResponse(
                 summary=summary(model.name, model, None),
-                numerics=pb.NUMERICS_EAGER,
+                numerics=NUMERICS[self._numerics],
                 default_width_px=traits.width_px,
                 default_height_px=traits.height_px,
                 size_multiple_px=traits.size_multiple_px,
@@ -136,7 +149,7 @@ class SamplerService(sampler_pb2_grpc.SamplerServiceServicer):
             case Picture():
                 yield from chunks(event)
             case Finished():
-                yield pb.GenerateResponse(finished=finished(event))
+                yield pb.GenerateResponse(finished=finished(event, self._numerics))
 
 
 def progress(event: Progress) -> pb.Progress:
@@ -169,7 +182,7 @@ def chunks(picture: Picture) -> Iterator[pb.GenerateResponse]:
         yield pb.GenerateResponse(image_chunk=chunk)
 
 
-def finished(event: Finished) -> pb.Finished:
+def finished(event: Finished, numerics: Numerics) -> pb.Finished:
     request = event.request
     return pb.Finished(
         seeds=[request.seed_of(index) for index in range(request.count)],
@@ -177,13 +190,13 @@ def finished(event: Finished) -> pb.Finished:
         run_time=duration(event.run_s),
         stall_time=duration(event.stall_s),
         streamed_bytes=event.streamed_bytes,
-        numerics=pb.NUMERICS_EAGER,
-        parameters=parameters(request),
+        numerics=NUMERICS[numerics],
+        parameters=parameters(request, numerics),
         phase_times=[pb.PhaseTime(phase=PHASES[p], time=duration(s)) for p, s in event.phase_s.items()],
     )
 
 
-def parameters(request: ImageRequest) -> pb.GenerateRequest:
+def parameters(request: ImageRequest, numerics: Numerics) -> pb.GenerateRequest:
     """The request as a message again, every default filled in."""
     message = pb.GenerateRequest(
         model=request.model,
@@ -199,7 +212,7 @@ def parameters(request: ImageRequest) -> pb.GenerateRequest:
         request_id=request.request_id,
         max_sequence_length=request.max_sequence_length,
         output=pb.OutputOptions(format=pb.IMAGE_FORMAT_PNG),
-        numerics=pb.NUMERICS_EAGER,
+        numerics=NUMERICS[numerics],
     )
     if request.preview_every:
         message.preview.every_step_count = request.preview_every

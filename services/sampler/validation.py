@@ -7,7 +7,7 @@ import uuid
 from typing import Any
 
 from services.errors import InvalidRequest, NotServed
-from services.sampler.requests import MAX_SEED, ImageRequest
+from services.sampler.requests import MAX_SEED, ImageRequest, Numerics
 from services.sampler.traits import MAX_EDGE_PX, MIN_EDGE_PX
 
 PROMPT_LIMIT = 16_384
@@ -28,17 +28,17 @@ OPTIONAL_RANGES: dict[str, tuple[float, float]] = {
 NOT_SERVED = ("solver", "schedule", "loras", "reference_images", "mask", "strength")
 PREVIEW_EDGE_PX = (16, 512)
 PNG = (0, 1)  # unspecified, PNG
-EAGER = (0, 1)  # unspecified, EAGER
+NUMERICS = {1: Numerics.EAGER, 2: Numerics.COMPILED}
 
 
-def image_request(message: Any) -> ImageRequest:
-    """The request that a GenerateRequest message asks for. Raises NotServed, InvalidRequest."""
+def image_request(message: Any, numerics: Numerics = Numerics.EAGER) -> ImageRequest:
+    """The request that a GenerateRequest asks of a replica with these numerics. Raises NotServed, InvalidRequest."""
     asked = [field for field in NOT_SERVED if is_set(message, field)]
     if message.output.format not in PNG:
         asked.append("output.format")
     if asked:
         raise NotServed(f"not served yet: {', '.join(asked)}; leave it out")
-    wrong = [*text_violations(message), *range_violations(message), *other_violations(message)]
+    wrong = [*text_violations(message), *range_violations(message), *other_violations(message, numerics)]
     if wrong:
         raise InvalidRequest(*wrong)
     optional = {field: getattr(message, field) for field in OPTIONAL_RANGES if message.HasField(field)}
@@ -90,10 +90,10 @@ def range_violations(message: Any) -> list[tuple[str, str]]:
     ]
 
 
-def other_violations(message: Any) -> list[tuple[str, str]]:
+def other_violations(message: Any, numerics: Numerics) -> list[tuple[str, str]]:
     wrong = []
     if message.output.HasField("quality"):
         wrong.append(("output.quality", "PNG is lossless and has no quality: leave it out"))
-    if message.numerics not in EAGER:
-        wrong.append(("numerics", "this server computes with NUMERICS_EAGER: ask for that, or leave it out"))
+    if message.numerics and NUMERICS.get(message.numerics) is not numerics:
+        wrong.append(("numerics", f"this replica computes {numerics.value}: ask for that, or leave it out"))
     return wrong

@@ -11,6 +11,7 @@ from typing import TypeVar
 from services.params.arena import attach
 from services.rpc.loader_client import LoaderClient, LoaderModel
 from services.sampler.binding import build_pipeline
+from services.sampler.compiler import Compiler
 from services.sampler.engine import Engine
 from services.sampler.model import AttachedModel
 from services.sampler.riders import Rider
@@ -43,10 +44,17 @@ def prepared(stack: Stack, name: str) -> LoaderModel:
 
 
 @contextmanager
-def attached(stack: Stack, name: str, transfer: Transfer, gate_limit: int = 8192) -> Iterator[AttachedModel]:
+def attached(
+    stack: Stack,
+    name: str,
+    transfer: Transfer,
+    gate_limit: int = 8192,
+    compiler_of: Callable[[Engine], Compiler | None] = lambda engine: None,
+) -> Iterator[AttachedModel]:
     """The model on an engine of its own, leased for the time of the block."""
     known = prepared(stack, name)
     engine = Engine(transfer)
+    compiler = compiler_of(engine)
     config = stack.arena_dir / known.config
     with ExitStack() as leases:
         arenas = {
@@ -55,6 +63,7 @@ def attached(stack: Stack, name: str, transfer: Transfer, gate_limit: int = 8192
 
         def build() -> AttachedModel:
             pipeline, components = build_pipeline(config, arenas)
-            return AttachedModel(name, pipeline, components, engine, traits_of(pipeline, config), gate_limit)
+            traits = traits_of(pipeline, config)
+            return AttachedModel(name, pipeline, components, engine, traits, gate_limit, compiler, config)
 
         yield under_baton(engine, build)

@@ -157,6 +157,48 @@ def test_cancel_reaches_a_waiting_rider(road: Road) -> None:
     assert after.error is None
 
 
+def stand_by(road: Road) -> tuple[Rider, Future[None], Callable[[], None]]:
+    """A rider that waits in front of gate 1 until the callback is called."""
+    calls: Future[Callable[[], None]] = Future()
+    done: Future[None] = Future()
+
+    def work(rider: Rider) -> None:
+        road.engine.arrive(road.gates[0])
+        road.engine.stand_by(road.gates[1], calls.set_result)
+        road.engine.arrive(road.gates[1])
+
+    rider = Rider(work, lambda rider: done.set_result(None))
+    road.engine.ride(rider)
+    return rider, done, calls.result(20)
+
+
+def test_who_stands_by_stops_nobody(road: Road) -> None:
+    """A rider that waits for something outside lets others through the very gates it wants, then goes on."""
+    rider, done, go_on = stand_by(road)
+    other, other_done = road.drive(laps=3)
+    other_done.result(20)
+    assert other.error is None
+    assert not done.done()
+    go_on()
+    done.result(20)
+
+    assert rider.error is None
+    assert road.lane.opened[-1] == "1"
+
+
+def test_cancel_reaches_who_stands_by(road: Road) -> None:
+    """It ends at once; what it waited for may come later."""
+    rider, done, go_on = stand_by(road)
+    road.engine.cancel(rider)
+    done.result(20)
+    go_on()
+    after, after_done = road.drive()
+    after_done.result(20)
+
+    assert isinstance(rider.error, Cancelled)
+    assert after.error is None
+
+
 def test_cancel_before_the_start(road: Road) -> None:
     """A rider that was cancelled before it had the baton does nothing."""
     release, held = hold(road)
