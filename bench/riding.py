@@ -19,6 +19,7 @@ from bench.common import synchronize
 from services.sampler.driver import Driver
 from services.sampler.model import AttachedModel
 from services.sampler.registration import Registrar
+from services.sampler.residency import SLOT_COUNTS, plan_slots
 from services.sampler.riders import Rider
 from services.sampler.transfer import Ring
 from tests.sampler.inprocess import attached, under_baton
@@ -175,12 +176,13 @@ def attached_to(stack: Stack, name: str, ring: Ring, tiny: bool) -> Iterator[Att
             torch.cuda.empty_cache()
 
 
-def budget_for(model: AttachedModel, share: float, slot_count: int = 3) -> int:
-    """The budget that keeps `share` of the denoiser's bytes, and everything else, on the device."""
-    gates = model.gates_of("transformer")
-    streamed = [gate.size_bytes for gate in gates if not gate.pinned]
-    others = sum(gate.size_bytes for gate in model.gates) - sum(streamed)
-    return others + slot_count * max(streamed) + round(share * sum(streamed))
+def budget_for(model: AttachedModel, share: float) -> int:
+    """The budget that keeps `share` of the denoiser's bytes on the device, beside slots and what is always there."""
+    streamed = [gate for gate in model.gates if not gate.pinned and not gate.host]
+    slots = sum(each.size_bytes for each in plan_slots(streamed, max(SLOT_COUNTS)))
+    pinned = sum(gate.size_bytes for gate in model.gates if gate.pinned)
+    denoiser = sum(gate.size_bytes for gate in streamed if gate.component == "transformer")
+    return pinned + slots + round(share * denoiser)
 
 
 def step_bytes(model: AttachedModel) -> int:

@@ -150,7 +150,8 @@ def ratios(rows: list[Row], rate: float) -> Figures:
         return one / other if one is not None and other else None
 
     streamed = next(r for r in rows if r["what"] == "ours, nothing resident" and r["riders"] == 2)
-    bus_ms = streamed["step_bytes"] / rate * 1e3
+    # Small gates may stay in their slots from one step to the next: then less crosses the bus than the step needs.
+    bus_ms = min(streamed["step_bytes"], streamed["counted_bytes"]) / rate * 1e3
     block = step("group offload, block level")
     floor_ms = max(bus_ms, step("ours, resident") or 0.0)
     return {
