@@ -154,10 +154,10 @@ def ride_once(
             raise rider.error
 
 
-def new_ring(device: torch.device, budget_bytes: int | None = UNLIMITED) -> Ring:
+def new_ring(device: torch.device, budget_bytes: int | None = UNLIMITED, kind: type[Ring] = Ring) -> Ring:
     """The transfer under a budget for params; None: nothing stays on the device."""
     registrar = Registrar(device, Driver()) if device.type == "cuda" else None
-    return Ring(device, budget_bytes or UNLIMITED, keep_residents=budget_bytes is not None, registrar=registrar)
+    return kind(device, budget_bytes or UNLIMITED, keep_residents=budget_bytes is not None, registrar=registrar)
 
 
 @contextmanager
