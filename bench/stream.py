@@ -10,6 +10,7 @@ mark on the device's clock to another, without the first two of a run, the best 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import sys
 import tempfile
@@ -24,22 +25,20 @@ from diffusers.hooks import HookRegistry
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 from bench import checkpoint
-from bench.common import Figures, copy_rate, pick_device, quiet_libraries, report, table
+from bench.common import Figures, copy_rate, pick_device, quiet_libraries, report, seconds, table
 from bench.riding import (
     UNLIMITED,
     Call,
-    Mark,
+    Log,
     Ride,
     attached_to,
     budget_for,
     denoiser_only,
     forward,
-    mark,
     new_ring,
     resident_share,
     ride,
     step_bytes,
-    steps_of,
 )
 from tests.sampler.inprocess import prepared
 from tests.stack import Stack, running
@@ -56,23 +55,23 @@ SHARES = (0.25, 0.5, 0.75)
 # ---- plain diffusers
 
 
-def plain_ride(transformer: Any, calls: Sequence[Call], step_count: int, device: torch.device, runs: int = 2) -> Ride:
-    """`step_count` forwards of all calls as one batch; times are the best of `runs`."""
-    best = Ride()
+def plain_ride(transformer: Any, calls: Sequence[Call], step_count: int, runs: int = 2) -> Ride:
+    """`step_count` forwards of all calls as one batch; times are the best of `runs` after a short one."""
+    device = calls[0].latents.device
+    found = []
 
-    def work(marks: list[Mark]) -> None:
-        result.outputs = [[output] for output in forward(transformer, calls)]
-        marks.append(mark(device))
-        for _ in range(step_count - 1):
-            forward(transformer, calls)
-            marks.append(mark(device))
+    def work(count: int, log: Log, outputs: list[list[torch.Tensor]]) -> None:
+        for _ in range(count):
+            outputs[:] = [[output] for output in forward(transformer, calls)]
+            log.step_ended()
 
     with torch.inference_mode():
-        for _ in range(runs + 1):
-            result = Ride()
-            result.step_ms, result.wall_ms = steps_of(work, step_count, device)
-            best = min(best, result, key=lambda r: r.step_ms)
-    return best
+        for run in range(runs + 1):
+            log, outputs = Log(device), list[list[torch.Tensor]]()
+            wall_s = seconds(functools.partial(work, step_count if run else 3, log, outputs), device)
+            found.append(log.summary(1, wall_s))
+            found[-1].outputs = outputs
+    return min(found[1:], key=lambda each: each.step_ms)
 
 
 def offload(transformer: Any, peer: str, device: torch.device) -> None:
@@ -99,12 +98,12 @@ def plain_rows(calls: list[Call], transformer: Any, options: argparse.Namespace)
     device = calls[0].latents.device
     transformer.to(device)
     for riders in (1, 2):
-        yield row("plain diffusers, resident", riders, plain_ride(transformer, calls[:riders], options.steps, device))
+        yield row("plain diffusers, resident", riders, plain_ride(transformer, calls[:riders], options.steps))
     for peer in options.peers:
         transformer.to("cpu")
         offload(transformer, peer, device)
         runs = 1 if peer == "sequential" else 2
-        yield row(PEERS[peer], 2, plain_ride(transformer, calls, options.steps, device, runs))
+        yield row(PEERS[peer], 2, plain_ride(transformer, calls, options.steps, runs))
         remove_hooks(transformer)
 
 

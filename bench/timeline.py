@@ -10,11 +10,11 @@ denoiser stays. On CUDA times are those of events on the copy stream and the com
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 
 import torch
@@ -24,11 +24,10 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 from bench import checkpoint
 from bench.common import Figures, machine, pick_device, quiet_libraries, report, synchronize, table
-from bench.riding import UNLIMITED, attached_to, budget_for, new_ring
+from bench.riding import UNLIMITED, all_at_once, attached_to, budget_for, new_ring
 from bench.trace import BUS, Span, Trace, TracedRing, stalls, trace_riders
 from services.sampler.model import AttachedModel
 from services.sampler.requests import ImageRequest
-from services.sampler.riders import Rider
 from tests.stack import Stack, running
 
 WIDTH, LEFT, TOP, LANE, GAP = 1800, 110, 64, 34, 12
@@ -43,7 +42,6 @@ TINY_SIZES = ((64, 48), (64, 64), (48, 64), (64, 48))
 
 def run(model: AttachedModel, requests: Sequence[ImageRequest], name: Callable[[str], None]) -> list[torch.Tensor]:
     """The pictures of all requests at once, a rider each, as pixels before they become files."""
-    done: list[Future[None]] = [Future() for _ in requests]
 
     def draw(number: int) -> torch.Tensor:
         name(f"rider {number + 1}")
@@ -57,17 +55,7 @@ def run(model: AttachedModel, requests: Sequence[ImageRequest], name: Callable[[
         finally:
             name("")
 
-    riders = [
-        Rider(lambda rider, n=n: draw(n), lambda rider, n=n: done[n].set_result(None))  # type: ignore[misc]
-        for n in range(len(requests))
-    ]
-    for rider in riders:
-        model.engine.ride(rider)
-    for rider, end in zip(riders, done, strict=True):
-        end.result(300)
-        if rider.error is not None:
-            raise rider.error
-    return [rider.result for rider in riders]  # type: ignore[misc]
+    return all_at_once(model, [functools.partial(draw, number) for number in range(len(requests))])
 
 
 def traced(stack: Stack, counts: Sequence[int], options: argparse.Namespace) -> dict[int, list[Span]]:
