@@ -6,12 +6,12 @@ import functools
 import gc
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -149,15 +149,33 @@ def ride_once(
                 outputs[number] += forward(model.pipeline.transformer, [calls[number]])
                 log.step_ended(model.engine.transfer.streamed_bytes)
 
-    all_at_once(model, [functools.partial(work, number) for number in range(len(calls))])
+    passages = [
+        Passage(functools.partial(work, n), call.latents.shape, lambda done=outputs[n]: step_count - len(done))  # type: ignore[misc]
+        for n, call in enumerate(calls)
+    ]
+    all_at_once(model, passages)
 
 
-def all_at_once(model: AttachedModel, work: Sequence[Callable[[], T]]) -> list[T]:
-    """Run each piece of work as a rider of its own, all at once; their values. Raises what one of them raised."""
-    ended: list[Future[None]] = [Future() for _ in work]
+@dataclass(frozen=True)
+class Passage(Generic[T]):
+    """Work for one rider, with what the engine may know of it: riders of one kind take the same time a step."""
+
+    work: Callable[[], T]
+    kind: Hashable
+    steps_left: Callable[[], int]
+
+
+def all_at_once(model: AttachedModel, passages: Sequence[Passage[T]]) -> list[T]:
+    """Run each passage as a rider of its own, all at once; their values. Raises what one of them raised."""
+    ended: list[Future[None]] = [Future() for _ in passages]
     riders = [
-        Rider(lambda rider, w=w: w(), lambda rider, end=end: end.set_result(None))  # type: ignore[misc]
-        for w, end in zip(work, ended, strict=True)
+        Rider(
+            lambda rider, p=p: p.work(),  # type: ignore[misc]
+            lambda rider, end=end: end.set_result(None),  # type: ignore[misc]
+            kind=p.kind,
+            steps_left=p.steps_left,
+        )
+        for p, end in zip(passages, ended, strict=True)
     ]
     for rider in riders:
         model.engine.ride(rider)

@@ -24,7 +24,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 from bench import checkpoint
 from bench.common import Figures, machine, pick_device, quiet_libraries, report, synchronize, table
-from bench.riding import UNLIMITED, all_at_once, attached_to, budget_for, new_ring
+from bench.riding import UNLIMITED, Passage, all_at_once, attached_to, budget_for, new_ring
 from bench.trace import BUS, Span, Trace, TracedRing, stalls, trace_riders
 from services.sampler.model import AttachedModel
 from services.sampler.requests import ImageRequest
@@ -55,7 +55,13 @@ def run(model: AttachedModel, requests: Sequence[ImageRequest], name: Callable[[
         finally:
             name("")
 
-    return all_at_once(model, [functools.partial(draw, number) for number in range(len(requests))])
+    passages = [
+        Passage(
+            functools.partial(draw, number), (asked.width_px, asked.height_px), lambda asked=asked: asked.step_count
+        )  # type: ignore[misc]
+        for number, asked in enumerate(requests)
+    ]
+    return all_at_once(model, passages)
 
 
 def traced(stack: Stack, counts: Sequence[int], options: argparse.Namespace) -> dict[int, list[Span]]:

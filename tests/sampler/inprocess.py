@@ -12,6 +12,7 @@ from services.params.arena import attach
 from services.rpc.loader_client import LoaderClient, LoaderModel
 from services.sampler.binding import build_pipeline
 from services.sampler.engine import Engine
+from services.sampler.meter import open_meter
 from services.sampler.model import AttachedModel
 from services.sampler.riders import Rider
 from services.sampler.traits import traits_of
@@ -46,7 +47,7 @@ def prepared(stack: Stack, name: str) -> LoaderModel:
 def attached(stack: Stack, name: str, transfer: Transfer, gate_limit: int = 8192) -> Iterator[AttachedModel]:
     """The model on an engine of its own, leased for the time of the block."""
     known = prepared(stack, name)
-    engine = Engine(transfer)
+    engine = Engine(transfer, open_meter(transfer.device))
     config = stack.arena_dir / known.config
     with ExitStack() as leases:
         arenas = {
