@@ -18,6 +18,7 @@ import torch
 from bench import checkpoint
 from bench.common import seconds
 from services.sampler.driver import Driver
+from services.sampler.meter import timing_event
 from services.sampler.model import AttachedModel
 from services.sampler.registration import Registrar
 from services.sampler.residency import SLOT_COUNTS, plan_slots
@@ -76,14 +77,14 @@ def mark(device: torch.device) -> Mark:
     """This moment on the device's own clock; the host does not wait."""
     if device.type != "cuda":
         return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
+    event = timing_event()
     event.record()
     return event
 
 
 def between_ms(start: Mark, end: Mark) -> float:
     """Milliseconds from one mark to another; the device has passed both."""
-    return (end - start) * 1e3 if isinstance(start, float) else start.elapsed_time(end)
+    return (end - start) * 1e3 if isinstance(start, float) else float(start.elapsed_time(end))
 
 
 @dataclass

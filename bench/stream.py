@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from diffusers import ZImageTransformer2DModel
-from diffusers.hooks import HookRegistry
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
@@ -85,16 +84,20 @@ def offload(transformer: Any, peer: str, device: torch.device) -> None:
         cpu_offload(transformer, device)
         return
     streams = {"use_stream": True, "record_stream": True} if device.type == "cuda" else {}
-    kind = {"block": {"offload_type": "block_level", "num_blocks_per_group": 1}, "leaf": {"offload_type": "leaf_level"}}
-    transformer.enable_group_offload(onload_device=device, offload_device=torch.device("cpu"), **streams, **kind[peer])
+    kinds: dict[str, dict[str, Any]] = {
+        "block": {"offload_type": "block_level", "num_blocks_per_group": 1},
+        "leaf": {"offload_type": "leaf_level"},
+    }
+    transformer.enable_group_offload(onload_device=device, offload_device=torch.device("cpu"), **streams, **kinds[peer])
 
 
 def remove_hooks(transformer: Any) -> None:
     """Undo a group offload; the params stay in host memory."""
     for module in transformer.modules():
-        registry: HookRegistry | None = getattr(module, "_diffusers_hook", None)
-        for name in list(registry.hooks) if registry else ():
-            registry.remove_hook(name, recurse=False)
+        registry = getattr(module, "_diffusers_hook", None)
+        if registry is not None:
+            for name in list(registry.hooks):
+                registry.remove_hook(name, recurse=False)
 
 
 def plain_rows(calls: list[Call], transformer: Any, options: argparse.Namespace) -> Iterator[Row]:
