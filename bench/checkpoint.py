@@ -108,7 +108,7 @@ def write_shard(shard: Shard, tensors: Tensors, dtype: torch.dtype, device: torc
         os.pwrite(file.fileno(), shard.header, 0)
 
         def put(name: str) -> None:
-            data = memoryview(values(name, tensors[name], dtype, device).cpu().view(-1).view(torch.uint8).numpy())
+            data = values(name, tensors[name], dtype, device).cpu().view(-1).view(torch.uint8).numpy().data
             at = shard.places[name]
             while data:
                 written = os.pwrite(file.fileno(), data, at)
@@ -158,8 +158,9 @@ def write_gguf(path: Path, architecture: str, tensors: Tensors, device: torch.de
             return values(name, shape, torch.float32, device).cpu().numpy()
 
         coming = None
-        for name in [*tensors, None]:
-            following = ahead.submit(draw, name) if name else None
+        order: list[str | None] = [*tensors, None]
+        for each in order:
+            following = ahead.submit(draw, each) if each else None
             if coming is not None:
                 writer.write_tensor_data(coming.result())
             coming = following

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from bench import checkpoint
-from bench.common import synchronize
+from bench.common import seconds
 from services.sampler.driver import Driver
+from services.sampler.meter import timing_event
 from services.sampler.model import AttachedModel
 from services.sampler.registration import Registrar
+from services.sampler.residency import SLOT_COUNTS, plan_slots
 from services.sampler.riders import Rider
 from services.sampler.transfer import Ring
 from tests.sampler.inprocess import attached, under_baton
 from tests.stack import Stack
 
+T = TypeVar("T")
 UNLIMITED = 1 << 50
 GATE_LIMIT, TINY_GATE_LIMIT = 512 << 20, 600_000  # a gate for each block, in both
 Mark = Any  # a CUDA event, or seconds
@@ -73,77 +77,106 @@ def mark(device: torch.device) -> Mark:
     """This moment on the device's own clock; the host does not wait."""
     if device.type != "cuda":
         return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
+    event = timing_event()
     event.record()
     return event
 
 
 def between_ms(start: Mark, end: Mark) -> float:
     """Milliseconds from one mark to another; the device has passed both."""
-    return (end - start) * 1e3 if isinstance(start, float) else start.elapsed_time(end)
+    return (end - start) * 1e3 if isinstance(start, float) else float(start.elapsed_time(end))
 
 
 @dataclass
 class Ride:
-    """What a few steps that all riders made together showed."""
+    """What a few steps that all riders made together showed. Times and bytes leave the first two steps out."""
 
-    step_ms: float = float("inf")  # of a shared step, without the first two
+    step_ms: float = float("inf")  # in which each rider made one step
     wall_ms: float = float("inf")  # the same from the host's clock over all steps, start and end included
-    streamed_bytes: int = 0  # a middle step, as the transfer counted them
+    streamed_bytes: int = 0  # in such a step, as the transfer counted them
     outputs: list[list[torch.Tensor]] = field(default_factory=list)  # by rider, by step
 
     def equals(self, references: Sequence[torch.Tensor]) -> bool:
         """Whether every output of every step has the bits of its rider's reference."""
         pairs = zip(self.outputs, references, strict=True)
-        return all(torch.equal(output, reference) for outputs, reference in pairs for output in outputs)
+        return all(outputs and all(torch.equal(o, reference) for o in outputs) for outputs, reference in pairs)
 
 
-def steps_of(work: Any, step_count: int, device: torch.device) -> tuple[float, float]:
-    """(ms of a middle step, ms of a step by the host's clock) of `work(marks)`; it appends a mark after each step."""
-    marks: list[Mark] = []
-    synchronize(device)
-    start = time.perf_counter()
-    work(marks)
-    synchronize(device)
-    wall_ms = (time.perf_counter() - start) * 1e3 / step_count
-    return between_ms(marks[1], marks[-1]) / (len(marks) - 2), wall_ms
+@dataclass
+class Log:
+    """When each rider's step ended, whoever's it was, and what had been streamed by then."""
+
+    device: torch.device
+    marks: list[Mark] = field(default_factory=list)
+    streamed: list[int] = field(default_factory=list)
+
+    def step_ended(self, streamed_bytes: int = 0) -> None:
+        self.marks.append(mark(self.device))
+        self.streamed.append(streamed_bytes)
+
+    def summary(self, riders: int, wall_s: float) -> Ride:
+        """Once the device is idle. It does not matter in which order the riders made their steps."""
+        step_count = len(self.marks) // riders
+        first, measured = 2 * riders - 1, step_count - 2
+        return Ride(
+            between_ms(self.marks[first], self.marks[-1]) / measured,
+            wall_s * 1e3 / step_count,
+            (self.streamed[-1] - self.streamed[first]) // measured,
+        )
 
 
 def ride(model: AttachedModel, calls: Sequence[Call], step_count: int, runs: int = 2) -> Ride:
     """`step_count` steps of one rider for each call, all at once; times are the best of `runs` after a short one."""
-    best, device = Ride(), model.engine.transfer.device
+    device = model.engine.transfer.device
+    found = []
     for run in range(runs + 1):
-        count = step_count if run else min(3, step_count)
-        result = Ride(outputs=[[] for _ in calls])
-        counts: list[int] = []
-        result.step_ms, result.wall_ms = steps_of(
-            lambda marks, r=result, c=counts, n=count: ride_once(model, calls, n, r, marks, c), count, device
-        )
-        result.streamed_bytes = (counts[-1] - counts[1]) // (count - 2)
-        if run and result.step_ms < best.step_ms:
-            best = result
-    return best
+        log, outputs = Log(device), [list[torch.Tensor]() for _ in calls]
+        count = step_count if run else 3
+        wall_s = seconds(lambda n=count, log=log, o=outputs: ride_once(model, calls, n, log, o), device)  # type: ignore[misc]
+        found.append(log.summary(len(calls), wall_s))
+        found[-1].outputs = outputs
+    return min(found[1:], key=lambda each: each.step_ms)
 
 
 def ride_once(
-    model: AttachedModel, calls: Sequence[Call], step_count: int, result: Ride, marks: list[Mark], counts: list[int]
+    model: AttachedModel, calls: Sequence[Call], step_count: int, log: Log, outputs: list[list[torch.Tensor]]
 ) -> None:
-    """One run; the first rider marks the end of each of its steps, and what was streamed by then."""
-    transfer = model.engine.transfer
+    """One run. Raises what a rider raised."""
 
     def work(number: int) -> None:
         with torch.inference_mode():
             model.bring_pinned()
             for _ in range(step_count):
-                result.outputs[number] += forward(model.pipeline.transformer, [calls[number]])
-                if number == 0:
-                    marks.append(mark(transfer.device))
-                    counts.append(transfer.streamed_bytes)
+                outputs[number] += forward(model.pipeline.transformer, [calls[number]])
+                log.step_ended(model.engine.transfer.streamed_bytes)
 
-    ended: list[Future[None]] = [Future() for _ in calls]
+    passages = [
+        Passage(functools.partial(work, n), call.latents.shape, lambda done=outputs[n]: step_count - len(done))  # type: ignore[misc]
+        for n, call in enumerate(calls)
+    ]
+    all_at_once(model, passages)
+
+
+@dataclass(frozen=True)
+class Passage(Generic[T]):
+    """Work for one rider, with what the engine may know of it: riders of one kind take the same time a step."""
+
+    work: Callable[[], T]
+    kind: Hashable
+    steps_left: Callable[[], int]
+
+
+def all_at_once(model: AttachedModel, passages: Sequence[Passage[T]]) -> list[T]:
+    """Run each passage as a rider of its own, all at once; their values. Raises what one of them raised."""
+    ended: list[Future[None]] = [Future() for _ in passages]
     riders = [
-        Rider(lambda rider, number=number: work(number), lambda rider, end=end: end.set_result(None))  # type: ignore[misc]
-        for number, end in enumerate(ended)
+        Rider(
+            lambda rider, p=p: p.work(),  # type: ignore[misc]
+            lambda rider, end=end: end.set_result(None),  # type: ignore[misc]
+            kind=p.kind,
+            steps_left=p.steps_left,
+        )
+        for p, end in zip(passages, ended, strict=True)
     ]
     for rider in riders:
         model.engine.ride(rider)
@@ -151,12 +184,13 @@ def ride_once(
         end.result(300)
         if rider.error is not None:
             raise rider.error
+    return [rider.result for rider in riders]  # type: ignore[misc]
 
 
-def new_ring(device: torch.device, budget_bytes: int | None = UNLIMITED) -> Ring:
+def new_ring(device: torch.device, budget_bytes: int | None = UNLIMITED, kind: type[Ring] = Ring) -> Ring:
     """The transfer under a budget for params; None: nothing stays on the device."""
     registrar = Registrar(device, Driver()) if device.type == "cuda" else None
-    return Ring(device, budget_bytes or UNLIMITED, keep_residents=budget_bytes is not None, registrar=registrar)
+    return kind(device, budget_bytes or UNLIMITED, keep_residents=budget_bytes is not None, registrar=registrar)
 
 
 @contextmanager
@@ -175,12 +209,13 @@ def attached_to(stack: Stack, name: str, ring: Ring, tiny: bool) -> Iterator[Att
             torch.cuda.empty_cache()
 
 
-def budget_for(model: AttachedModel, share: float, slot_count: int = 3) -> int:
-    """The budget that keeps `share` of the denoiser's bytes, and everything else, on the device."""
-    gates = model.gates_of("transformer")
-    streamed = [gate.size_bytes for gate in gates if not gate.pinned]
-    others = sum(gate.size_bytes for gate in model.gates) - sum(streamed)
-    return others + slot_count * max(streamed) + round(share * sum(streamed))
+def budget_for(model: AttachedModel, share: float) -> int:
+    """The budget that keeps `share` of the denoiser's bytes on the device, beside slots and what is always there."""
+    streamed = [gate for gate in model.gates if not gate.pinned and not gate.host]
+    slots = sum(each.size_bytes for each in plan_slots(streamed, max(SLOT_COUNTS)))
+    pinned = sum(gate.size_bytes for gate in model.gates if gate.pinned)
+    denoiser = sum(gate.size_bytes for gate in streamed if gate.component == "transformer")
+    return pinned + slots + round(share * denoiser)
 
 
 def step_bytes(model: AttachedModel) -> int:

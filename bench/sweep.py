@@ -21,8 +21,9 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 from bench import checkpoint
 from bench.common import Figures, pick_device, quiet_libraries, report, table
-from bench.riding import Call, attached_to, denoiser_only, new_ring, ride, step_bytes
+from bench.riding import Call, Log, attached_to, denoiser_only, new_ring, ride, ride_once, step_bytes
 from bench.serving import Job, ask, ask_together, prepare, start_sampler
+from services.sampler.model import AttachedModel
 from tests.stack import Stack, running
 
 RIDERS = (1, 2, 4, 8)
@@ -46,9 +47,9 @@ def shared_steps(stack: Stack, options: argparse.Namespace, device: torch.device
     with attached_to(stack, "m", new_ring(device, None), options.tiny) as model:
         transformer = model.pipeline.transformer
         calls = [Call.of(seed, options.size, transformer, device) for seed in range(max(RIDERS))]
-        alone = [ride(model, [call], 3, runs=1).outputs[0][0] for call in calls]
+        alone = [one_step(model, call) for call in calls]
         for count in RIDERS:
-            measured = ride(model, calls[:count], options.steps)
+            measured = ride(model, calls[:count], options.steps, runs=1)
             one_ms = rows[0]["step_ms"] if rows else measured.step_ms
             rows.append(
                 {
@@ -70,6 +71,13 @@ def shared_steps(stack: Stack, options: argparse.Namespace, device: torch.device
     }
 
 
+def one_step(model: AttachedModel, call: Call) -> torch.Tensor:
+    """The transformer's output for a call that rides alone."""
+    outputs: list[list[torch.Tensor]] = [[]]
+    ride_once(model, [call], 1, Log(call.latents.device), outputs)
+    return outputs[0][0]
+
+
 def whole_pipelines(stack: Stack, options: argparse.Namespace, device: torch.device) -> tuple[list[Figures], Figures]:
     """A row for each request, and the claims."""
     jobs = TINY_JOBS if options.tiny else JOBS
@@ -77,17 +85,21 @@ def whole_pipelines(stack: Stack, options: argparse.Namespace, device: torch.dev
     prepare(address)
     for job in jobs:  # each shape once: libraries choose their kernels
         ask(address, job.take("warm"))
-    alone = [min((ask(address, job.take(f"alone {n}")) for n in range(2)), key=lambda a: a.seconds) for job in jobs]
+    alone = [ask(address, job.take("alone")) for job in jobs]
+    # The claim is about the slowest: the better of two, as for all together.
+    slowest = max(range(len(jobs)), key=lambda at: alone[at].seconds)
+    alone[slowest] = min(alone[slowest], ask(address, jobs[slowest].take("slowest")), key=lambda a: a.seconds)
     runs = [ask_together([address], [job.take(f"all {n}") for job in jobs]) for n in range(2)]
-    answers, all_s = min(runs, key=lambda run: run[1])
-    again = [[ask(address, job.take(f"all {n}")).hashes for job in jobs] for n in range(2)]
+    best = min(range(2), key=lambda n: runs[n][1])
+    answers, all_s = runs[best]
+    again = [ask(address, job.take(f"all {best}")).hashes for job in jobs]
     rows: list[Figures] = [
         {
             "size_px": f"{job.width_px}x{job.height_px}",
             "steps": job.step_count,
             "alone_s": one.seconds,
             "together_s": answer.seconds,
-            "bit_equal_to_alone": all(run[0][at].hashes == again[n][at] for n, run in enumerate(runs)),
+            "bit_equal_to_alone": answer.hashes == again[at],
         }
         for at, (job, one, answer) in enumerate(zip(jobs, alone, answers, strict=True))
     ]

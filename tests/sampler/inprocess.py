@@ -13,6 +13,7 @@ from services.rpc.loader_client import LoaderClient, LoaderModel
 from services.sampler.binding import build_pipeline
 from services.sampler.compiler import Compiler
 from services.sampler.engine import Engine
+from services.sampler.meter import open_meter
 from services.sampler.model import AttachedModel
 from services.sampler.riders import Rider
 from services.sampler.traits import traits_of
@@ -53,7 +54,7 @@ def attached(
 ) -> Iterator[AttachedModel]:
     """The model on an engine of its own, leased for the time of the block."""
     known = prepared(stack, name)
-    engine = Engine(transfer)
+    engine = Engine(transfer, open_meter(transfer.device))
     compiler = compiler_of(engine)
     config = stack.arena_dir / known.config
     with ExitStack() as leases:

@@ -27,6 +27,8 @@ from services.sampler.model import AttachedModel
 from services.sampler.requests import ImageRequest
 from services.sampler.sampler import png
 from services.sampler.transfer import ArenaViews, Ring
+from services.sampler.work import WorkMemory
+from services.sampler.workspace import Workspace
 from tests.sampler.inprocess import attached, under_baton
 from tests.stack import Process, Stack
 
@@ -125,7 +127,10 @@ def draw_here(model: AttachedModel, index: int) -> str:
     """SHA-256 of the same request's picture from a model in this process."""
     width, height = SIZES[index]
     request = ImageRequest("tiny", "a red fox", "r", width_px=width, height_px=height, step_count=2, seed=index)
-    drawing = Drawing(model, model.traits.resolve(request), 0, lambda progress: None, lambda step, image: None)
+    workspace = Workspace(model.engine, WorkMemory(0))
+    drawing = Drawing(
+        model, workspace, model.traits.resolve(request), 0, lambda progress: None, lambda step, image: None
+    )
     return hashlib.sha256(png(under_baton(model.engine, drawing.draw))).hexdigest()
 
 
