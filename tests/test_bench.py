@@ -157,7 +157,7 @@ def test_generate(folder: Path, run: Any) -> None:
     assert figures["four_clients_bit_equal"] is True
     assert figures["same_prompt_encodes"] is False
     assert figures["text_encoder_bytes"] > 0
-    for key in ("warm_to_group_offload", "cold_to_read_and_warm", "eager_ready_to_read_alone"):
+    for key in ("warm_to_group_offload", "cold_to_read_and_warm", "eager_rate_to_disk_rate"):
         assert figures[key] > 0
 
 
