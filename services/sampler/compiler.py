@@ -8,18 +8,20 @@ until a helper process has compiled it into the cache folder; then it takes the 
 from __future__ import annotations
 
 import functools
+import time
 import types
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
 import torch
 from torch import nn
 from torch._C._dynamo.eval_frame import reset_code
+from torch._dynamo.utils import counters
 
 from services.errors import UnsupportedModel
 from services.sampler import compiling
@@ -155,12 +157,29 @@ def guarded(program: Any, cls: type[nn.Module]) -> Any:
     @functools.wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         compiling.settle_thread()
+        before, started = programs(), time.monotonic()
         try:
-            return program(self, *args, **kwargs)
+            result = program(self, *args, **kwargs)
         except compiling.COMPILE_ERRORS as error:
             log.warning("compiling failed", block=cls.__name__, reason=str(error)[:2000])
             raise UnsupportedModel(
                 f"{cls.__name__} cannot be compiled ({type(error).__name__}): use a replica with --numerics eager"
             ) from error
+        after = programs()
+        if after.made > before.made:
+            log.info("program made", block=cls.__name__, seconds=round(time.monotonic() - started, 3),
+                     source="cache" if after.missed == before.missed else "compiled here")  # fmt: skip
+        return result
 
     return forward
+
+
+class Programs(NamedTuple):
+    """How many programs this process has made so far, and how many of them were not in the cache."""
+
+    made: int
+    missed: int
+
+
+def programs() -> Programs:
+    return Programs(counters["stats"]["unique_graphs"], counters["inductor"]["fxgraph_cache_miss"])

@@ -88,6 +88,8 @@ def test_blocks_are_compiled_by_the_helper(compiled: Process, together: list[str
     assert "blocks=6" in log
     assert log.count("event=compiled ") == 5
     assert "could not compile" not in log
+    assert log.count("source=cache") == 5
+    assert "compiled here" not in log
 
 
 def test_restarted_replica(stack: Stack, cache: Path, together: list[str]) -> None:
