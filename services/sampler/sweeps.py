@@ -1,7 +1,7 @@
 """Who rides next: which component is swept, whom a sweep carries, and at which gate it goes on.
 
 A sweep brings a component's gates one after the other, and the riders that it carries compute at each. While their
-compute takes less time than the bus, one more of them costs nothing; `choose` says how far beyond that it still pays.
+compute takes less time than the bus, one more of them costs nothing; `choose` says whom it takes on beyond that.
 Who is not carried waits for a later sweep, in the order of *due* times: when a rider would be done if it had had the
 device to itself since it was seated, and had the same estimate. So what is nearly done goes first, and whoever is
 seated later than a rider's own remaining work never goes before it.
@@ -29,20 +29,20 @@ def choose(costs_s: Sequence[float], bus_s: float, load_s: float = 0.0, carried_
     costs_s: compute of each for one pass. bus_s: what the sweep keeps the bus busy. load_s, carried_count: compute and
     number of those that it carries already; if there are none, the first is taken on in any case.
 
-    A rider that fits in the bus time is free. Beyond it, with k riders carried and w behind, taking it on delays k
-    riders by `extra` in this sweep; left for later, it would take a sweep of its own from itself and those behind. It
-    is taken on if that is the worse: the sum of all completion times says so, pair by pair. Once the bus waits for the
-    compute nobody more is taken on, for sharing saves nothing then; with nothing to bring (0 s) it is one at a time.
+    While the bus has time to spare the next one is taken on, also if it does not fit wholly: two sweeps of their own
+    would take both of them longer. Beyond that the rest is left for later if it can fill a sweep of its own, so that
+    who is nearly done ends sooner and no bus time is lost; else it is taken on too. With nothing to bring (0 s) it is
+    one at a time.
     """
     chosen: list[int] = []
+    rest_s = sum(costs_s)
     for index, cost_s in enumerate(costs_s):
-        carried = carried_count + len(chosen)
-        behind = len(costs_s) - index - 1
-        extra = max(0.0, load_s + cost_s - bus_s)
-        saved = max(bus_s, cost_s) - extra
-        if not carried or (load_s < bus_s and (1 + behind) * saved >= carried * extra):
-            chosen.append(index)
-            load_s += cost_s
+        anybody = carried_count > 0 or bool(chosen)
+        if anybody and load_s >= bus_s and rest_s >= bus_s:
+            break
+        chosen.append(index)
+        load_s += cost_s
+        rest_s -= cost_s
     return chosen
 
 

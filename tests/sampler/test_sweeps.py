@@ -22,12 +22,13 @@ GATES = 8
     [
         ([3, 3, 3], 10, [0, 1, 2]),  # all fit
         ([0, 0, 0], 10, [0, 1, 2]),  # not measured yet
-        ([6, 6], 10, [0, 1]),  # 2 s more a sweep against a sweep of its own
-        ([9, 9], 10, [0]),  # 8 s more for one: the second would rather wait
-        ([8, 8], 10, [0]),
-        ([8, 8, 8], 10, [0, 1]),  # but not while another waits behind it; then the bus waits for the compute
-        ([9, 9, 1], 10, [0, 2]),  # one that fits is taken on before one that does not
-        ([30, 1], 10, [0]),  # nothing is shared beyond the bus
+        ([6, 6], 10, [0, 1]),  # 12 s for both, against two sweeps of 10
+        ([9, 9], 10, [0, 1]),
+        ([8, 8, 8], 10, [0, 1, 2]),  # the third alone would leave the bus waiting for nobody
+        ([8, 8, 8, 8], 10, [0, 1]),  # two fill a sweep, and so do the other two
+        ([8, 8, 8, 8, 8], 10, [0, 1]),  # nobody is taken on before one that is due sooner
+        ([30, 1], 10, [0, 1]),
+        ([30, 30], 10, [0]),
         ([2, 1], 0, [0]),  # resident: one at a time
         ([0, 0], 0, [0]),
         ([], 10, []),
@@ -40,8 +41,9 @@ def test_who_is_carried(costs_s: list[float], bus_s: float, chosen: list[int]) -
 def test_who_joins_a_sweep_under_way() -> None:
     """What it carries already counts, as compute and as riders that would be delayed."""
     assert choose([1], 10.0, load_s=9, carried_count=4) == [0]
-    assert choose([5], 10.0, load_s=9, carried_count=4) == []
-    assert choose([0], 10.0, load_s=10, carried_count=4) == []
+    assert choose([5], 10.0, load_s=9, carried_count=4) == [0]
+    assert choose([5], 10.0, load_s=10, carried_count=4) == [0]
+    assert choose([5, 5], 10.0, load_s=10, carried_count=4) == []
 
 
 def transformer(world: World, gate_bus_s: float) -> list[Stop]:
