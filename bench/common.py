@@ -71,6 +71,11 @@ def table(title: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> 
         print("  ".join(["", *padded]).rstrip(), flush=True)
 
 
+def note(stage: str, figures: Mapping[str, object]) -> None:
+    """Say what a stage found as soon as it is known: a run that is cut short has shown that much."""
+    print(f"{stage}: " + ", ".join(f"{key} {show(value)}" for key, value in figures.items()), flush=True)
+
+
 def show(cell: object) -> str:
     """A figure for people: three digits and more of a float, yes and no for a claim."""
     if isinstance(cell, bool):

@@ -34,6 +34,7 @@ from torch._dynamo.utils import counters
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "gen")]
 
+from bench.common import note
 from services.sampler import compiling
 from services.sampler.compile_worker import Job
 from services.sampler.helper import Helper
@@ -51,10 +52,12 @@ def transformer(device: torch.device, tiny: bool) -> Any:
         return z_image().transformer.to(device)
     with torch.device("meta"):
         module: Any = ZImageTransformer2DModel()
-    module = module.to(torch.bfloat16).to_empty(device=device).eval().requires_grad_(False)
+    # Params require grad, as the libraries leave them and as the service binds them: the programs depend on it.
+    module = module.to(torch.bfloat16).to_empty(device=device).eval()
     generator = torch.Generator(device).manual_seed(0)
-    for param in module.parameters():
-        param.normal_(0, 0.02, generator=generator)
+    with torch.no_grad():
+        for param in module.parameters():
+            param.normal_(0, 0.02, generator=generator)
     module.rope_embedder.freqs_cis = None  # made on meta; the model makes it anew
     return module
 
@@ -141,7 +144,7 @@ def jobs(module: Any, run: Step, config: Path) -> list[Job]:
     """What the helper is asked for a step: one job for each layout of a block's arguments."""
     found: dict[Any, Job] = {}
 
-    def note(name: str, block: nn.Module, args: Any, kwargs: Any) -> None:
+    def look(name: str, block: nn.Module, args: Any, kwargs: Any) -> None:
         tensors = {n: signature(t) for n, t in (*block.named_parameters(), *block.named_buffers())}
         layout = (tuple(sorted(tensors.items())), signature(args), signature(kwargs))
         cls = type(module)
@@ -151,7 +154,7 @@ def jobs(module: Any, run: Step, config: Path) -> list[Job]:
                 torch.get_num_threads()),
         )  # fmt: skip
 
-    hooks = [b.register_forward_pre_hook(functools.partial(note, n), with_kwargs=True) for n, b in blocks_of(module)]
+    hooks = [b.register_forward_pre_hook(functools.partial(look, n), with_kwargs=True) for n, b in blocks_of(module)]
     run()
     for hook in hooks:
         hook.remove()
@@ -197,6 +200,7 @@ def measure(module: Any, size: tuple[int, int], helper: Helper, config: Path) ->
             ):
                 equal = torch.equal(run(), eager if name == "eager" else compiled)
                 row |= {f"graphs_{name}_ms": median_ms(run, device), f"graphs_{name}_equal": equal}
+    note("size", row)
     row["digest"] = digest(compiled)
     return row
 

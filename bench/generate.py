@@ -34,7 +34,7 @@ from headwater_client.events import Phase
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 from bench import checkpoint
-from bench.common import GIB, ROOT, Figures, pick_device, quiet_libraries, report, table
+from bench.common import GIB, ROOT, Figures, note, pick_device, quiet_libraries, report, table
 from bench.serving import Answer, Job, ask, ask_together, prepare, start_sampler
 from bench.vram import Peak, Watch
 from tests.sampler.inprocess import prepared
@@ -195,8 +195,11 @@ def plain(folder: Path, job: Job) -> tuple[Figures, np.ndarray]:
 def two_pictures(folder: Path, job: Job, options: argparse.Namespace, device: torch.device) -> Figures:
     """The whole comparison."""
     figures, cold_answer = cold(folder, job, options, device)
+    note("cold", figures)
     more, (picture, _) = warm(folder, job, options, device)
+    note("warm", more)
     peers, references = plain(folder, job)
+    note("plain", peers)
     figures |= more
     figures |= {f"plain_{key}": value for key, value in peers.items()}
 
@@ -239,6 +242,7 @@ def budgets(folder: Path, job: Job, options: argparse.Namespace, device: torch.d
                     row["refused"] = str(error)
             sampler.stop()
             rows.append(row | peak_figures(peak, budget))
+            note("budget", rows[-1])
     return rows
 
 

@@ -20,7 +20,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 from bench import checkpoint
-from bench.common import Figures, pick_device, quiet_libraries, report, table
+from bench.common import Figures, note, pick_device, quiet_libraries, report, table
 from bench.riding import Call, Log, attached_to, denoiser_only, new_ring, ride, ride_once, step_bytes
 from bench.serving import Job, ask, ask_together, prepare, start_sampler
 from services.sampler.model import AttachedModel
@@ -131,6 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
         with running(Path(disk), models) as stack:
             stack.loader("--eager-load", extent_bytes="64KiB" if options.tiny else "64MiB")
             steps, claims = shared_steps(stack, options, device)
+            note("riders", claims)
             requests, more = whole_pipelines(stack, options, device)
     table(
         f"one step of Z-Image's transformer at {options.size[0]}x{options.size[1]}, nothing resident",
