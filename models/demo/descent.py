@@ -5,13 +5,15 @@ from collections.abc import Callable
 import torch
 
 WARM_UPS = 3  # steps before a CUDA graph is captured: what is compiled, tuned or allocated once is then done
-AVERAGE = 0.999  # share of the running mean that a step keeps
+AVERAGE = 0.999  # share of the running mean that a step keeps, if nothing else is said
 
 
 class Descent:
     """AdamW with the gradient's norm clipped to 1, and a running mean of the weights."""
 
-    def __init__(self, module: torch.nn.Module, betas: tuple[float, float], decay: float = 0.0) -> None:
+    def __init__(
+        self, module: torch.nn.Module, betas: tuple[float, float], decay: float = 0.0, average: float = AVERAGE
+    ) -> None:
         self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         device = self.parameters[0].device
         self.on_gpu = device.type == "cuda"
@@ -19,6 +21,7 @@ class Descent:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=self.rate, betas=betas, weight_decay=decay, fused=True, capturable=self.on_gpu
         )
+        self.kept = average
         self.average = [parameter.detach().clone() for parameter in self.parameters]
 
     def steps(self, loss_of: Callable[[], torch.Tensor]) -> Callable[[float], torch.Tensor]:
@@ -42,7 +45,7 @@ class Descent:
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         with torch.no_grad():
-            torch._foreach_lerp_(self.average, self.parameters, 1 - AVERAGE)
+            torch._foreach_lerp_(self.average, self.parameters, 1 - self.kept)
         return loss.detach()
 
     @torch.no_grad()

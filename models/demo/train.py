@@ -119,8 +119,8 @@ def make_scenes(count: int, seed: int, workers: int) -> Scenes:
 
 
 def learning_rate(peak: float, step: int, gone: float) -> float:
-    """Warm up over 300 steps, stay, and fall to zero over the second half of the stage."""
-    return peak * min(1.0, (step + 1) / 300) * min(1.0, 2 * (1 - gone))
+    """Warm up over 300 steps or a twentieth of the stage, stay, and fall to zero over its second half."""
+    return peak * min(1.0, max((step + 1) / 300, 20 * gone)) * min(1.0, 2 * (1 - gone))
 
 
 def picture_loss(drawn: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
@@ -263,7 +263,7 @@ def polish_decoder(pipe: ZImagePipeline, scenes: Scenes, latents: torch.Tensor, 
             drawn = vae.decoder(guess / vae.config.scaling_factor + vae.config.shift_factor)
             return picture_loss(drawn, draw_batch(scenes.rows, chosen))
 
-    descent = Descent(vae.decoder, betas=(0.9, 0.99))
+    descent = Descent(vae.decoder, betas=(0.9, 0.99), average=0.99)
     take_step = descent.steps(loss)
     for step, gone in budget.steps(POLISH_UNTIL):
         report("polish", step, take_step(learning_rate(POLISH_RATE, step, gone)), budget)

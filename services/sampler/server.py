@@ -68,7 +68,6 @@ async def serve(config: Config) -> None:
                          budget_bytes=facts.budget_bytes, numerics=config.numerics.value)  # fmt: skip
                 with serving_metrics(config.metrics, lambda: numbers(sampler, facts)):
                     await run(server, sampler, service, config.grace_s)
-                await run(server, sampler, service, config.grace_s)
     finally:
         for address in addresses:
             release(address)
