@@ -72,7 +72,7 @@ def test_extents_come_in_the_order_asked(bench: Workbench) -> None:
                 heard += [(part.component, extent) for part in message.ready for extent in part.extents]
         assert heard[:4] == [("transformer", 7), ("transformer", 3), ("transformer", 5), ("text_encoder", 4)]
 
-    with bench.loader("--max-fill-rate", "400KB", "--fill-threads", "1"):
+    with bench.loader("--max-fill-rate", "200KB", "--fill-threads", "1"):
         asyncio.run(use())
 
 
