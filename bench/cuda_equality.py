@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT)]
 
 from services.sampler.model import AttachedModel
 from services.sampler.requests import ImageRequest
-from services.sampler.transfer import Ring
+from services.sampler.ring import Ring
 from tests.sampler.inprocess import attached, under_baton
 from tests.stack import Stack, running
 from tests.tiny_models import ARCHITECTURES, CALLS, write_folder

@@ -23,7 +23,7 @@ from services.sampler.model import AttachedModel
 from services.sampler.registration import Registrar
 from services.sampler.residency import SLOT_COUNTS, plan_slots
 from services.sampler.riders import Rider
-from services.sampler.transfer import Ring
+from services.sampler.ring import Ring
 from tests.sampler.inprocess import attached, under_baton
 from tests.stack import Stack
 

@@ -16,8 +16,8 @@ import torch
 from bench.riding import Mark, between_ms, mark
 from services.sampler.engine import Engine
 from services.sampler.gates import Gate
+from services.sampler.ring import Ring
 from services.sampler.slots import Slot
-from services.sampler.transfer import Ring
 
 BUS = "bus"
 

@@ -9,7 +9,8 @@ import torch
 from services.sampler.config import Config, ConfigError
 from services.sampler.driver import Driver
 from services.sampler.registration import Registrar, Way
-from services.sampler.transfer import ArenaViews, Ring, Transfer
+from services.sampler.ring import Ring
+from services.sampler.transfer import ArenaViews, Transfer
 from services.sampler.vram import Vram
 
 GIB = 1 << 30

@@ -25,8 +25,9 @@ from services.sampler.engine import Engine
 from services.sampler.helper import Helper
 from services.sampler.model import AttachedModel
 from services.sampler.requests import ImageRequest
+from services.sampler.ring import Ring
 from services.sampler.sampler import png
-from services.sampler.transfer import ArenaViews, Ring
+from services.sampler.transfer import ArenaViews
 from services.sampler.work import WorkMemory
 from services.sampler.workspace import Workspace
 from tests.sampler.inprocess import attached, under_baton

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from services.sampler.drawing import Drawing
 from services.sampler.model import AttachedModel
 from services.sampler.requests import ImageRequest
-from services.sampler.transfer import Ring
+from services.sampler.ring import Ring
 from services.sampler.work import WorkMemory
 from services.sampler.workspace import Workspace
 from tests.sampler.inprocess import attached, under_baton

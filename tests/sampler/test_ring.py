@@ -15,7 +15,7 @@ from torch import nn
 from services.errors import DeviceMemoryFull
 from services.params.layout import Extent
 from services.sampler.gates import BoundParam, Gate
-from services.sampler.transfer import Ring, pieces_of
+from services.sampler.ring import Ring, pieces_of
 
 GATES, WEIGHTS = 8, 256
 
