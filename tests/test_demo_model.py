@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 
 from models.demo import check, draw
-from models.demo.train import has_small_tips
 
 FOLDER = Path(draw.__file__).parent
 LIMIT_BYTES = 20_000_000
@@ -103,19 +102,3 @@ def test_the_committed_model_draws_held_out_prompts() -> None:
     results = check.measure(FOLDER, check.read_prompts("heldout")[:4])
 
     assert sum(not result.faults for result in results) >= 3
-
-
-def test_scenes_with_small_tips_are_found() -> None:
-    """A small triangle or diamond, first or second, and nothing else: what the decoder is polished on."""
-
-    def scene(*things: tuple[str, float]) -> list[float]:
-        return draw.pack(
-            draw.Scene("white", tuple(draw.Thing(s, "red", None, 0.5, 0.5, radius) for s, radius in things))
-        )
-
-    rows = [
-        scene(("diamond", 0.1)), scene(("circle", 0.2), ("triangle", 0.1)), scene(("diamond", 0.2)),
-        scene(("circle", 0.1)), scene(("square", 0.1), ("triangle", 0.2)),
-    ]  # fmt: skip
-
-    assert has_small_tips(torch.tensor(rows)).tolist() == [True, True, False, False, False]

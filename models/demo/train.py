@@ -27,7 +27,7 @@ from diffusers import AutoencoderKL, ZImagePipeline
 
 from models.demo import check
 from models.demo.descent import Descent
-from models.demo.draw import RADII_SHARED, SCENE_FIELDS, SHAPES, caption, pack, render, sample_scene
+from models.demo.draw import SCENE_FIELDS, caption, pack, render, sample_scene
 from models.demo.tiny_zimage import (
     TEXT_MULTIPLE,
     encode_text,
@@ -254,10 +254,9 @@ def polish_decoder(pipe: ZImagePipeline, scenes: Scenes, latents: torch.Tensor, 
     vae = pipe.vae
     vae.decoder.train().requires_grad_(True)
     short, _ = split_by_length(scenes)
-    blunt = short[has_small_tips(scenes.rows[short])]
 
     def loss() -> torch.Tensor:
-        chosen = torch.cat([pick(short, batch - batch // 2), pick(blunt, batch // 2)])
+        chosen = pick(short, batch)
         with mixed_precision(latents.device):
             guess = guess_latents(pipe, normalise(vae, latents[chosen]), *batch_text(scenes, chosen, TEXT_MULTIPLE))
             drawn = vae.decoder(guess / vae.config.scaling_factor + vae.config.shift_factor)
@@ -269,13 +268,6 @@ def polish_decoder(pipe: ZImagePipeline, scenes: Scenes, latents: torch.Tensor, 
         report("polish", step, take_step(learning_rate(POLISH_RATE, step, gone)), budget)
     descent.settle()
     vae.eval().requires_grad_(False)
-
-
-def has_small_tips(rows: torch.Tensor) -> torch.Tensor:
-    """Say which scenes hold a small triangle or diamond, whose tips come out blunt. rows: (n, SCENE_FIELDS)."""
-    things = rows[:, 3:].unflatten(1, (2, -1))
-    pointed = (things[..., 0] == SHAPES.index("triangle")) | (things[..., 0] == SHAPES.index("diamond"))
-    return (pointed & (things[..., 3] < RADII_SHARED["medium"] * 0.9)).any(dim=1)
 
 
 @torch.no_grad()
