@@ -6,6 +6,7 @@ Each Generate call takes the next script, a coroutine over a Stage; the last one
 import asyncio
 import hashlib
 import io
+import signal
 import subprocess
 import sys
 import threading
@@ -32,6 +33,11 @@ CODES = {name: getattr(code_pb2, name) for name in code_pb2.Code.keys()}  # noqa
 def command(*arguments: str) -> list[str]:
     """The command line of the client, run from source."""
     return [sys.executable, "-m", "headwater_client.cli", *arguments]
+
+
+def take_interrupts() -> None:
+    """For a child: SIGINT as in a terminal, also where the tests themselves run with it ignored (in the background)."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def png(seed: int, width: int = 48, height: int = 32) -> bytes:

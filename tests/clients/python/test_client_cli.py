@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from client_theatre import Headwater, ScriptedSampler, Stage, command, draw, info, png
+from client_theatre import Headwater, ScriptedSampler, Stage, command, draw, info, png, take_interrupts
 from google.rpc import error_details_pb2
 from headwater_client.cli import main
 
@@ -200,8 +200,9 @@ def test_ctrl_c_cancels_on_the_server(sampler: ScriptedSampler, environment: dic
 
     sampler.scripts = [hang]
     process = subprocess.Popen(
-        command("generate", "a fox"), env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True
-    )
+        command("generate", "a fox"), env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+        preexec_fn=take_interrupts,
+    )  # fmt: skip
     assert sampler.hanging.wait(10)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=10)
