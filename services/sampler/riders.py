@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
-from services.errors import Cancelled
 from services.sampler.gates import Gate
 
 
@@ -52,7 +51,6 @@ class Rider:
         self.error: BaseException | None = None
         self.fault: Exception | None = None  # raised in the rider's thread when it runs next
         self.gate: Gate | None = None  # where it stands; None before the first gate and between gates
-        self.since = 0.0  # when it came there, monotonic seconds
         self.costs = Costs()
         # What the engine keeps of it.
         self.seated_s = 0.0  # when it was given to the engine
@@ -69,7 +67,3 @@ class Rider:
         """End the rider's work if it was cancelled, or if its params could not be brought."""
         if self.fault is not None:
             raise self.fault
-
-    @property
-    def cancelled(self) -> bool:
-        return isinstance(self.fault, Cancelled)
