@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -17,7 +17,13 @@ import torch
 
 from bench import checkpoint
 from bench.common import seconds
+from services.sampler import compiling
+from services.sampler.blocks import Speedup
+from services.sampler.compiler import Compiler
 from services.sampler.driver import Driver
+from services.sampler.engine import Engine
+from services.sampler.graphs import CudaRecorder, Graphs
+from services.sampler.helper import Helper
 from services.sampler.meter import timing_event
 from services.sampler.model import AttachedModel
 from services.sampler.registration import Registrar
@@ -193,11 +199,50 @@ def new_ring(device: torch.device, budget_bytes: int | None = UNLIMITED, kind: t
     return kind(device, budget_bytes or UNLIMITED, keep_residents=budget_bytes is not None, registrar=registrar)
 
 
+@dataclass(frozen=True)
+class Arithmetic:
+    """How blocks are computed: as the sampler's flags of the same names say."""
+
+    cuda_graphs: bool = True
+    compile_cache: Path | None = None  # None: eager
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        graphs = () if self.cuda_graphs else ("--no-cuda-graphs",)
+        return (
+            (*graphs, "--numerics", "compiled", "--compile-cache", str(self.compile_cache))
+            if self.compile_cache
+            else graphs
+        )
+
+    @contextmanager
+    def speedups(self, device: torch.device) -> Iterator[Callable[[Engine], Sequence[Speedup]]]:
+        """For an engine in this process."""
+        with ExitStack() as open_now:
+
+            def make(engine: Engine) -> Sequence[Speedup]:
+                made: list[Speedup] = []
+                if self.compile_cache is not None:
+                    compiling.use_cache(self.compile_cache)
+                    made.append(open_now.enter_context(closing(Compiler(engine, Helper(self.compile_cache)))))
+                if self.cuda_graphs and device.type == "cuda":
+                    made.append(Graphs(device, CudaRecorder(device)))
+                return made
+
+            yield make
+
+
 @contextmanager
-def attached_to(stack: Stack, name: str, ring: Ring, tiny: bool) -> Iterator[AttachedModel]:
+def attached_to(
+    stack: Stack, name: str, ring: Ring, tiny: bool, arithmetic: Arithmetic = Arithmetic()
+) -> Iterator[AttachedModel]:
     """The model on a ring, its arenas page-locked; all memory is given back at the end."""
+    limit = TINY_GATE_LIMIT if tiny else GATE_LIMIT
     try:
-        with attached(stack, name, ring, TINY_GATE_LIMIT if tiny else GATE_LIMIT) as model:
+        with (
+            arithmetic.speedups(ring.device) as speedups,
+            attached(stack, name, ring, limit, speedups) as model,
+        ):
             while not ring.is_registered():  # then copies run at the bus's speed
                 time.sleep(0.01)
             yield model

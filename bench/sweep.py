@@ -21,7 +21,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 from bench import checkpoint
 from bench.common import Figures, note, pick_device, quiet_libraries, report, table
-from bench.riding import Call, Log, attached_to, denoiser_only, new_ring, ride, ride_once, step_bytes
+from bench.riding import Arithmetic, Call, Log, attached_to, denoiser_only, new_ring, ride, ride_once, step_bytes
 from bench.serving import Job, ask, ask_together, prepare, start_sampler
 from services.sampler.model import AttachedModel
 from tests.stack import Stack, running
@@ -41,10 +41,12 @@ TINY_JOBS = (
 )
 
 
-def shared_steps(stack: Stack, options: argparse.Namespace, device: torch.device) -> tuple[list[Figures], Figures]:
+def shared_steps(
+    stack: Stack, options: argparse.Namespace, arithmetic: Arithmetic, device: torch.device
+) -> tuple[list[Figures], Figures]:
     """A row for each number of riders, and the claims."""
     rows: list[dict[str, Any]] = []
-    with attached_to(stack, "m", new_ring(device, None), options.tiny) as model:
+    with attached_to(stack, "m", new_ring(device, None), options.tiny, arithmetic) as model:
         transformer = model.pipeline.transformer
         calls = [Call.of(seed, options.size, transformer, device) for seed in range(max(RIDERS))]
         alone = [one_step(model, call) for call in calls]
@@ -78,12 +80,15 @@ def one_step(model: AttachedModel, call: Call) -> torch.Tensor:
     return outputs[0][0]
 
 
-def whole_pipelines(stack: Stack, options: argparse.Namespace, device: torch.device) -> tuple[list[Figures], Figures]:
+def whole_pipelines(
+    stack: Stack, options: argparse.Namespace, arithmetic: Arithmetic, device: torch.device
+) -> tuple[list[Figures], Figures]:
     """A row for each request, and the claims."""
     jobs = TINY_JOBS if options.tiny else JOBS
-    address = start_sampler(stack, device, options.tiny, "--no-stream-layers", "--riders", str(len(jobs))).addresses[0]
+    flags = ("--no-stream-layers", "--riders", str(len(jobs)), *arithmetic.flags)
+    address = start_sampler(stack, device, options.tiny, *flags).addresses[0]
     prepare(address)
-    for job in jobs:  # each shape once: libraries choose their kernels
+    for job in jobs:  # each shape once: libraries choose their kernels, graphs and programs are made
         ask(address, job.take("warm"))
     alone = [ask(address, job.take("alone")) for job in jobs]
     # The claim is about the slowest: the better of two, as for all together.
@@ -118,6 +123,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, help="written by bench/checkpoint.py z-image; made if it is not there")
     parser.add_argument("--size", type=int, nargs=2, default=(512, 512), metavar="PX")
     parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--numerics", choices=("eager", "compiled"), default="eager")
+    parser.add_argument("--cuda-graphs", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the code")
     options = parser.parse_args(arguments)
     if options.tiny:
@@ -127,19 +134,25 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as disk:
         folder = options.folder or Path(disk) / "z-image"
         list(checkpoint.write("z-image", folder, tiny=options.tiny))
+        arithmetic = Arithmetic(options.cuda_graphs, Path(disk) / "cache" if options.numerics == "compiled" else None)
         models = {"m": denoiser_only(folder, Path(disk) / "m"), "z": folder}
         with running(Path(disk), models) as stack:
             stack.loader("--eager-load", extent_bytes="64KiB" if options.tiny else "64MiB")
-            steps, claims = shared_steps(stack, options, device)
+            steps, claims = shared_steps(stack, options, arithmetic, device)
             note("riders", claims)
-            requests, more = whole_pipelines(stack, options, device)
+            requests, more = whole_pipelines(stack, options, arithmetic, device)
     table(
         f"one step of Z-Image's transformer at {options.size[0]}x{options.size[1]}, nothing resident",
         list(steps[0]), [list(row.values()) for row in steps],
     )  # fmt: skip
     table("four requests over gRPC, nothing resident", list(requests[0]), [list(row.values()) for row in requests])
     table("ratios of this run", ("", ""), list((claims | more).items()))
-    report("sweep", device, {"size_px": list(options.size), "steps": steps, "requests": requests, **claims, **more})
+    arithmetics = {"numerics": options.numerics, "cuda_graphs": options.cuda_graphs}
+    report(
+        "sweep",
+        device,
+        {"size_px": list(options.size), **arithmetics, "steps": steps, "requests": requests, **claims, **more},
+    )
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 from services.errors import BadCheckpoint, UnsupportedModel
 from services.params.arena import AttachedArena
 from services.sampler.gates import BoundParam, arena_bytes
+from services.sampler.signatures import span_bytes
 
 DTYPES = {
     "BF16": torch.bfloat16,
@@ -242,11 +243,3 @@ def sort_tensors(
         elif id(tensor) in params:
             outside[id(tensor)] = Outside(name, size, reason(name))
     return list(inside.values()), list(outside.values())
-
-
-def span_bytes(tensor: torch.Tensor) -> int:
-    """Bytes from the first to past the last element, strides considered."""
-    if not tensor.numel():
-        return 0
-    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return (last + 1) * tensor.element_size()

@@ -1,8 +1,7 @@
 """Compiled arithmetic: the forward of blocks that a denoiser repeats, compiled once for each layout of arguments.
 
-A block is a module with a gate in front of it. Its gate is a hook and stays outside of what is compiled; only the
-instance's `forward` is replaced. A rider that comes to a block with a layout not seen before waits, without the baton,
-until a helper process has compiled it into the cache folder; then it takes the program from there.
+Only the instance's `forward` is replaced. A rider that comes to a block with a layout not seen before waits, without
+the baton, until a helper process has compiled it into the cache folder; then it takes the program from there.
 """
 
 from __future__ import annotations
@@ -10,10 +9,7 @@ from __future__ import annotations
 import functools
 import time
 import types
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from types import CodeType
 from typing import Any, NamedTuple
 
@@ -25,38 +21,13 @@ from torch._dynamo.utils import counters
 
 from services.errors import UnsupportedModel
 from services.sampler import compiling
+from services.sampler.blocks import Block
 from services.sampler.compile_worker import Job
 from services.sampler.engine import Engine
-from services.sampler.gates import Gate
 from services.sampler.helper import Helper
-from services.sampler.signatures import KERNEL_ALIGNMENT, Signature, aligned, is_portable, signature
+from services.sampler.signatures import Signature, aligned, is_portable, signature
 
 log = structlog.get_logger()
-
-
-@dataclass(eq=False, slots=True)
-class Block:
-    """A module whose forward is compiled, and what it takes to build one like it elsewhere."""
-
-    gate: Gate
-    component: type[nn.Module]
-    config: Path  # folder of the component's config
-    tensors: dict[str, Signature]
-    kind: Signature  # equal for blocks that share programs
-    number: int = 0  # of the kind: a short key, for it is looked up at every call
-
-    def job(self, args: Signature, kwargs: Signature, device: torch.device) -> Job:
-        return Job(
-            config=str(self.config),
-            class_module=self.component.__module__,
-            class_name=self.component.__name__,
-            block=self.gate.name,
-            tensors=self.tensors,
-            args=args,
-            kwargs=kwargs,
-            device=str(device),
-            thread_count=torch.get_num_threads(),
-        )
 
 
 class Compiler:
@@ -66,24 +37,20 @@ class Compiler:
         self._engine = engine
         self._helper = helper
         self._compiled: dict[type[nn.Module], Any] = {}
-        self._kinds: dict[Signature, int] = {}
         self._cached: set[Signature] = set()  # the helper is done with these, well or not
         self._made: dict[CodeType, set[Signature]] = {}  # programs in this process, by the function they are of
 
-    def take(self, component: nn.Module, config: Path, gates: Iterable[Gate]) -> int:
-        """Compile the blocks among a denoiser's gates; returns how many. Before gates are hooked: waits are first."""
-        chosen = repeated(gates)
-        for gate in chosen:
-            self._take(describe(gate, type(component), config))
-        return len(chosen)
+    def take(self, blocks: Sequence[Block]) -> None:
+        """Compile these blocks as they are called. Before gates are hooked: waits are first."""
+        for block in blocks:
+            self._take(block)
 
     def close(self) -> None:
         """End the helper process, whatever it does."""
         self._helper.close()
 
     def _take(self, block: Block) -> None:
-        block.number = self._kinds.setdefault(block.kind, len(self._kinds))
-        module = block.gate.module
+        module = block.module
         cls = type(module)
         if cls not in self._compiled:
             # The helper has compilers beside it; the sampler starts no processes for what comes from the cache.
@@ -96,11 +63,11 @@ class Compiler:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Wait for the block's program, in front of its gate."""
         layout, options = signature(args), signature(kwargs)
-        key = (block.number, layout, options)
+        key = (block.kind, layout, options)
         made = self._made.setdefault(type(module).forward.__code__, set())
         if key not in made:
             if key not in self._cached and is_portable(layout) and is_portable(options):
-                job = block.job(layout, options, self._engine.transfer.device)
+                job = job_of(block, layout, options, self._engine.transfer.device)
                 self._engine.stand_by(block.gate, lambda done: self._helper.ask(key, job, done))
             self._cached.add(key)
             self._make_room(type(module).forward.__code__, made)
@@ -115,40 +82,19 @@ class Compiler:
             made.clear()
 
 
-def repeated(gates: Iterable[Gate]) -> list[Gate]:
-    """Gates whose module's class stands behind two of them or more; a torch layer alone gains nothing."""
-    able = [gate for gate in gates if not gate.pinned and not gate.host and can_compile(gate)]
-    counts = Counter(type(gate.module) for gate in able)
-    return [gate for gate in able if counts[type(gate.module)] > 1]
-
-
-def can_compile(gate: Gate) -> bool:
-    # A program assumes aligned params and is shared by all blocks of a kind.
-    is_torch_layer = type(gate.module).__module__.startswith("torch.")
-    return not is_torch_layer and all(p.offset % KERNEL_ALIGNMENT == 0 for p in gate.params)
-
-
-def describe(gate: Gate, component: type[nn.Module], config: Path) -> Block:
-    """The block behind a gate. Its params may be unbound now: their layout is that of their arena views."""
-    views = {id(p.tensor): p.view for p in gate.params}
-    device = str(next((t.device for t in gate.module.parameters()), "cpu"))
-    tensors: dict[str, Signature] = {}
-    for name, tensor in (*gate.module.named_parameters(), *gate.module.named_buffers()):
-        kind, dtype, shape, stride, _, is_inference = signature(views.get(id(tensor), tensor))
-        tensors[name] = (kind, dtype, shape, stride, device, is_inference)
-    cls = type(gate.module)
-    kind = (f"{cls.__module__}.{cls.__qualname__}", *sorted(tensors.items()), *switches(gate.module))
-    return Block(gate, component, config, tensors, kind)
-
-
-def switches(module: nn.Module) -> list[Signature]:
-    """Scalars on the module whose names its forward mentions: blocks that differ in one have different programs.
-
-    Only a guess of how many programs there are: a wrong one costs a compile under the baton, never pixels.
-    """
-    mentioned = type(module).forward.__code__.co_names
-    scalars = {name: signature(value) for name, value in vars(module).items() if name in mentioned}
-    return sorted((name, *layout) for name, layout in scalars.items() if layout[0] == "value")
+def job_of(block: Block, args: Signature, kwargs: Signature, device: torch.device) -> Job:
+    """What the helper needs to compile a block's forward for this layout of arguments."""
+    return Job(
+        config=str(block.config),
+        class_module=block.component.__module__,
+        class_name=block.component.__name__,
+        block=block.gate.name,
+        tensors=block.tensors,
+        args=args,
+        kwargs=kwargs,
+        device=str(device),
+        thread_count=torch.get_num_threads(),
+    )
 
 
 def guarded(program: Any, cls: type[nn.Module]) -> Any:

@@ -8,6 +8,7 @@ import torch
 
 from services.sampler.config import Config, ConfigError
 from services.sampler.driver import Driver
+from services.sampler.graphs import LIMIT_BYTES, LIMIT_SHARE, CudaRecorder, Graphs
 from services.sampler.registration import Registrar, Way
 from services.sampler.ring import Ring
 from services.sampler.transfer import ArenaViews, Transfer
@@ -23,6 +24,7 @@ class DeviceFacts:
     device: torch.device
     name: str
     budget_bytes: int  # 0 on a CPU
+    graph_bytes: int = 0  # of the budget, for CUDA graphs
     vram: Vram | None = None  # None on a CPU
 
     def used_bytes(self) -> int:
@@ -50,8 +52,15 @@ def open_device(config: Config) -> tuple[Transfer, DeviceFacts]:
     torch.cuda.set_per_process_memory_fraction(min(1.0, own / total), device)
     registrar = Registrar(device, Driver(), Way[config.page_lock.upper().replace("-", "_")])
     reserve = round(config.work_reserve_gib * GIB)
-    ring = Ring(device, own, reserve, keep_residents=config.stream_layers, registrar=registrar)
-    return ring, DeviceFacts(device, torch.cuda.get_device_name(device), budget, vram)
+    for_graphs = min(LIMIT_BYTES, own // LIMIT_SHARE) if config.cuda_graphs else 0
+    ring = Ring(device, own - for_graphs, reserve, keep_residents=config.stream_layers, registrar=registrar)
+    return ring, DeviceFacts(device, torch.cuda.get_device_name(device), budget, for_graphs, vram)
+
+
+def open_graphs(facts: DeviceFacts) -> Graphs | None:
+    """Graphs of blocks in the part of the budget that is theirs."""
+    device = facts.device
+    return Graphs(device, CudaRecorder(device), facts.graph_bytes) if facts.graph_bytes else None
 
 
 def budget_bytes(max_vram_gib: float, free_bytes: int) -> int:

@@ -7,7 +7,7 @@ loader to come back; if it comes back with other arenas, waiting riders fail and
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -18,7 +18,7 @@ from services.errors import HeadwaterError, InvalidRequest, LoaderGone
 from services.params.arena import AttachedArena, attach
 from services.rpc.loader_client import LoaderClient, LoaderModel, PrepareNews
 from services.sampler.binding import BoundComponent, build_pipeline
-from services.sampler.compiler import Compiler
+from services.sampler.blocks import Speedup
 from services.sampler.engine import Engine
 from services.sampler.model import AttachedModel
 from services.sampler.riders import Rider
@@ -40,7 +40,7 @@ class Library:
         arena_dir: Path,
         gate_limit_bytes: int,
         replica: str,
-        compiler: Compiler | None = None,
+        speedups: Sequence[Speedup] = (),
     ) -> None:
         self.attached: dict[str, AttachedModel] = {}
         self.loader_connected = False
@@ -49,7 +49,7 @@ class Library:
         self._arena_dir = arena_dir
         self._gate_limit_bytes = gate_limit_bytes
         self._replica = replica
-        self._compiler = compiler
+        self._speedups = speedups
         self._attaching: dict[str, asyncio.Task[AttachedModel]] = {}
         self._fills: dict[str, asyncio.Task[None]] = {}
         self._uses: dict[AttachedModel, int] = {}
@@ -178,7 +178,7 @@ class Library:
         traits = traits_of(built, config)
         return await self.on_baton(
             lambda: AttachedModel(
-                name, built, components, self._engine, traits, self._gate_limit_bytes, self._compiler, config
+                name, built, components, self._engine, traits, self._gate_limit_bytes, self._speedups, config
             )
         )
 

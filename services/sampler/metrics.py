@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
 
 from services.sampler.device import DeviceFacts
+from services.sampler.graphs import Graphs
 from services.sampler.sampler import Sampler
 
 
-def numbers(sampler: Sampler, device: DeviceFacts) -> Iterator[Metric]:
+def numbers(sampler: Sampler, device: DeviceFacts, graphs: Graphs | None) -> Iterator[Metric]:
     """What GetStatus says, as metrics; names end in their unit."""
     transfer, admission = sampler.engine.transfer, sampler.admission
     facts = {"way": transfer.way, "device": device.name}
@@ -21,5 +22,9 @@ def numbers(sampler: Sampler, device: DeviceFacts) -> Iterator[Metric]:
     yield GaugeMetricFamily("headwater_queued", "Requests that wait.", admission.queued_count)
     yield GaugeMetricFamily("headwater_vram_budget_bytes", "VRAM that may be used.", device.budget_bytes)
     yield GaugeMetricFamily("headwater_vram_used_bytes", "VRAM in use, by the driver's count.", device.used_bytes())
+    if graphs is not None:
+        yield GaugeMetricFamily("headwater_graphs", "CUDA graphs of blocks.", graphs.graph_count)
+        yield GaugeMetricFamily("headwater_graph_bytes", "VRAM that graphs work in.", graphs.held_bytes)
+        yield CounterMetricFamily("headwater_graph_replays", "Blocks computed by a graph.", graphs.replay_count)
     connected = float(sampler.library.loader_connected)
     yield GaugeMetricFamily("headwater_loader_connected", "1 while the loader answers.", connected)

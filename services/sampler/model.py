@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from services.sampler.binding import BoundComponent
-from services.sampler.compiler import Compiler
+from services.sampler.blocks import Speedup, blocks_of
 from services.sampler.engine import Engine
 from services.sampler.gates import Gate, absent, is_host_lookup, split
 from services.sampler.guard import Guard
@@ -44,7 +44,7 @@ class AttachedModel:
         engine: Engine,
         traits: Traits,
         gate_limit: int,
-        compiler: Compiler | None = None,
+        speedups: Sequence[Speedup] = (),
         config: Path = Path(),
     ) -> None:
         self.name = name
@@ -63,8 +63,8 @@ class AttachedModel:
         engine.transfer.attach(self.gates)
         for component in components:
             self._move_rest(component)
-        if compiler is not None:
-            self._compile_blocks(compiler, config)
+        if speedups:
+            self._speed_up(speedups, config)
         self._install_hooks()
         self._guard = Guard((c.name, c.module) for c in components if c.name not in self.units)
 
@@ -98,15 +98,17 @@ class AttachedModel:
             if id(tensor) not in inside and tensor.device != device:
                 tensor.data = tensor.data.to(device)
 
-    def _compile_blocks(self, compiler: Compiler, config: Path) -> None:
+    def _speed_up(self, speedups: Sequence[Speedup], config: Path) -> None:
         """Replace the forward of what a denoiser repeats; `config` is the pipeline's folder."""
         for component in self.components:
             if component.name in self.units or is_encoder(component.name):
                 continue
             gates = self.gates_of(component.name)
-            count = compiler.take(component.module, config / component.name, gates)
-            tell = log.info if count else log.warning  # a denoiser that is one gate has no blocks, and stays eager
-            tell("blocks to compile", model=self.name, component=component.name, blocks=count, gates=len(gates))
+            blocks = blocks_of(component.module, config / component.name, gates)
+            tell = log.info if blocks else log.warning  # a denoiser that is one gate has no blocks
+            tell("blocks", model=self.name, component=component.name, blocks=len(blocks), gates=len(gates))
+            for speedup in speedups:
+                speedup.take(blocks)
 
     def _install_hooks(self) -> None:
         for gate in self.gates:

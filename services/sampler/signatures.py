@@ -5,7 +5,7 @@ A signature is a tuple, so that it can be a key; it survives JSON, so that anoth
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -67,10 +67,35 @@ def empty(dtype: str, shape: list[int], stride: list[int], device: str, is_infer
 
 def aligned(value: Any) -> Any:
     """`value` with tensors at odd addresses copied to good ones, so that one program serves them all."""
+    return map_tensors(lambda t: t if t.data_ptr() % KERNEL_ALIGNMENT == 0 else t.clone(), value)
+
+
+def map_tensors(change: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+    """`value` with each tensor in it changed; containers are made anew, other values stay."""
     if isinstance(value, torch.Tensor):
-        return value if value.data_ptr() % KERNEL_ALIGNMENT == 0 else value.clone()
+        return change(value)
     if type(value) in (list, tuple):
-        return type(value)(aligned(item) for item in value)
+        return type(value)(map_tensors(change, item) for item in value)
     if type(value) is dict:
-        return {key: aligned(item) for key, item in value.items()}
+        return {key: map_tensors(change, item) for key, item in value.items()}
     return value
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Each tensor in `value`, in the order of `map_tensors`."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif type(value) in (list, tuple):
+        for item in value:
+            yield from tensors_in(item)
+    elif type(value) is dict:
+        for item in value.values():
+            yield from tensors_in(item)
+
+
+def span_bytes(tensor: torch.Tensor) -> int:
+    """Bytes from the first to past the last element, strides considered."""
+    if not tensor.numel():
+        return 0
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from services.sampler.gates import BoundParam, Gate
+from services.sampler.gates import Gate
 from services.sampler.residency import SlotPlan
+from services.sampler.signatures import span_bytes
 
 
 @dataclass(eq=False, slots=True)
@@ -31,7 +32,7 @@ class Slot:
             # Params outlive the request that first needed them: they must not become inference tensors.
             with torch.inference_mode(False):
                 self.bound[gate] = tuple(
-                    place_view(self.memory, at, p) for p, at in zip(gate.params, gate.places, strict=True)
+                    place_view(self.memory, at, p.view) for p, at in zip(gate.params, gate.places, strict=True)
                 )
         return self.bound[gate]
 
@@ -56,10 +57,10 @@ def new_event() -> torch.cuda.Event:
     return torch.cuda.Event()  # type: ignore[no-untyped-call]
 
 
-def place_view(memory: torch.Tensor, at: int, param: BoundParam) -> torch.Tensor:
-    """`param` as it lies at byte `at` of `memory` (uint8): same dtype, shape and stride as in the arena."""
-    flat = memory[at : at + param.size_bytes].view(param.view.dtype)
-    return flat.as_strided(param.view.shape, param.view.stride())
+def place_view(memory: torch.Tensor, at: int, like: torch.Tensor) -> torch.Tensor:
+    """A tensor at byte `at` of `memory` (uint8): dtype, shape and stride of `like`."""
+    flat = memory[at : at + span_bytes(like)].view(like.dtype)
+    return flat.as_strided(like.shape, like.stride())
 
 
 class SlotRing:

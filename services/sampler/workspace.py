@@ -12,6 +12,7 @@ from torch import nn
 from services.errors import DeviceMemoryFull
 from services.sampler.engine import Engine
 from services.sampler.gates import Gate
+from services.sampler.graphs import Graphs
 from services.sampler.work import Kind, Need, WorkMemory
 
 
@@ -53,8 +54,9 @@ class Workspace:
     A picture for which there is no room beside those at work waits for them, first come, first served.
     """
 
-    def __init__(self, engine: Engine, memory: WorkMemory) -> None:
+    def __init__(self, engine: Engine, memory: WorkMemory, graphs: Graphs | None = None) -> None:
         self._engine = engine
+        self._graphs = graphs
         self._memory = memory
         self._working: list[Kind] = []
         self._waiting: dict[Door, Kind] = {}  # in the order of their coming
@@ -81,8 +83,10 @@ class Workspace:
             self._working.remove(kind)
 
     def make_way(self) -> bool:
-        """Memory was short in spite of the plan: keep no residents. False if there were none."""
+        """Memory was short in spite of the plan: keep no graphs and no residents. False if there were no residents."""
         self._engine.settle()
+        if self._graphs is not None:
+            self._graphs.clear()
         return self._engine.transfer.make_way()
 
     def too_large(self, kind: Kind, multiple_px: int) -> DeviceMemoryFull:

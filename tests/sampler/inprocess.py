@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from typing import TypeVar
@@ -11,7 +11,7 @@ from typing import TypeVar
 from services.params.arena import attach
 from services.rpc.loader_client import LoaderClient, LoaderModel
 from services.sampler.binding import build_pipeline
-from services.sampler.compiler import Compiler
+from services.sampler.blocks import Speedup
 from services.sampler.engine import Engine
 from services.sampler.meter import open_meter
 from services.sampler.model import AttachedModel
@@ -50,12 +50,12 @@ def attached(
     name: str,
     transfer: Transfer,
     gate_limit: int = 8192,
-    compiler_of: Callable[[Engine], Compiler | None] = lambda engine: None,
+    speedups_of: Callable[[Engine], Sequence[Speedup]] = lambda engine: (),
 ) -> Iterator[AttachedModel]:
     """The model on an engine of its own, leased for the time of the block."""
     known = prepared(stack, name)
     engine = Engine(transfer, open_meter(transfer.device))
-    compiler = compiler_of(engine)
+    speedups = speedups_of(engine)
     config = stack.arena_dir / known.config
     with ExitStack() as leases:
         arenas = {
@@ -65,6 +65,6 @@ def attached(
         def build() -> AttachedModel:
             pipeline, components = build_pipeline(config, arenas)
             traits = traits_of(pipeline, config)
-            return AttachedModel(name, pipeline, components, engine, traits, gate_limit, compiler, config)
+            return AttachedModel(name, pipeline, components, engine, traits, gate_limit, speedups, config)
 
         yield under_baton(engine, build)

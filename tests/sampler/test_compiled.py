@@ -37,7 +37,7 @@ from tests.stack import Process, Stack
 GATE_LIMIT = 400_000
 # A helper that finds everything done.
 YES = ("-c", 'import sys\nfor line in sys.stdin: print(\'{"ok": true, "seconds": 0}\', flush=True)')
-CompilerOf = Callable[..., Compiler]
+CompilerOf = Callable[..., list[Compiler]]
 SIZES = [(64, 64), (96, 64), (64, 64), (96, 64)]
 
 
@@ -119,8 +119,8 @@ def compiler_of(cache: Path, together: list[str], monkeypatch: pytest.MonkeyPatc
     torch._dynamo.reset()
     with ExitStack() as compilers:
 
-        def make(engine: Engine, program: Sequence[str] = YES) -> Compiler:
-            return compilers.enter_context(closing(Compiler(engine, Helper(cache, program))))
+        def make(engine: Engine, program: Sequence[str] = YES) -> list[Compiler]:
+            return [compilers.enter_context(closing(Compiler(engine, Helper(cache, program))))]
 
         yield make
     torch._dynamo.reset()

@@ -1,0 +1,319 @@
+"""Launch-bound work: the kernels of a block recorded as a CUDA graph, and launched all at once from then on.
+
+At small sizes a device waits for its host, which launches some sixty kernels for a block. A graph is one launch. It
+reads and writes fixed addresses, so arguments are copied to where it reads them and results from where it writes.
+Params lie in slots, of which there are few, and blocks of a kind lie in a slot in the same way: a handful of graphs
+serves all of them. A resident block has its own.
+
+A graph launches the kernels that the block's forward launched, so its results have the same bits. That is not taken on
+trust: each block's first results for a layout of arguments are compared with its forward's, and a kind of block whose
+results differ is never replayed.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+import types
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+import structlog
+import torch
+from torch._C import _cuda_endAllocateToPool, _cuda_releasePool
+
+from services.sampler.blocks import Block
+from services.sampler.faults import is_memory_full
+from services.sampler.signatures import Signature, map_tensors, signature, span_bytes, tensors_in
+from services.sampler.slots import place_view
+
+# A picture of 1024x688 of Z-Image takes some 300 MB; larger ones are not bound by launches.
+LIMIT_BYTES = 512 << 20
+# Part of a small budget.
+LIMIT_SHARE = 16
+GRAPH_LIMIT = 1024
+# Layouts of arguments that are remembered; callers choose sizes, so there may be any number.
+LAYOUT_LIMIT = 1024
+# Full is full for so long: then all are dropped, and those in use are recorded again.
+CALM_S = 10.0
+
+Replay = Callable[[], object]
+Place = tuple[int, ...]  # addresses of a block's params and buffers
+
+log = structlog.get_logger()
+
+
+class UnrecordableError(Exception):
+    """A forward that a graph cannot stand for; says why."""
+
+
+class Recorder(Protocol):
+    """What records launches: CUDA."""
+
+    alignment: int  # what of an address the choice of kernels may depend on, bytes
+    held_bytes: int  # memory that graphs work in
+
+    def record(self, work: Callable[[], object]) -> Replay:
+        """What `work` launches, without running it. Raises RuntimeError if it cannot be recorded, or memory is full."""
+        ...
+
+    def drop(self) -> None:
+        """Give memory back; all replays were dropped."""
+        ...
+
+
+class CudaRecorder:
+    """Records into one memory pool, in a thread of its own: each thread that calls cuBLAS costs a workspace."""
+
+    alignment = 256  # torch tells cuBLAS up to so much
+
+    def __init__(self, device: torch.device) -> None:
+        self.held_bytes = 0
+        self._device = device
+        self._local = threading.local()
+        self._thread = ThreadPoolExecutor(1, "recorder", initializer=self._settle)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def record(self, work: Callable[[], object]) -> Replay:
+        before = torch.cuda.memory_reserved(self._device)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            self._thread.submit(self._record, graph, work).result()
+        finally:
+            self.held_bytes += torch.cuda.memory_reserved(self._device) - before
+        return graph.replay
+
+    def drop(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self.held_bytes = 0
+        torch.cuda.empty_cache()
+
+    def _settle(self) -> None:
+        torch.cuda.set_device(self._device)
+        self._local.stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._local.stream):
+            torch.cuda.current_blas_handle()  # type: ignore[no-untyped-call] # its workspace must not be taken from the pool
+
+    @torch.inference_mode()
+    def _record(self, graph: torch.cuda.CUDAGraph, work: Callable[[], object]) -> None:
+        ended = False
+        with torch.cuda.stream(self._local.stream):
+            # Other threads go on page-locking and copying meanwhile.
+            graph.capture_begin(self._pool, capture_error_mode="thread_local")
+            try:
+                try:
+                    work()
+                finally:
+                    graph.capture_end()
+                    ended = True
+            finally:
+                if not ended:
+                    self._abandon_pool()
+
+    def _abandon_pool(self) -> None:
+        """torch does not tell its allocator when a capture ends badly: it would give out no cached memory any more."""
+        index = torch.cuda.current_device()
+        with suppress(RuntimeError):
+            _cuda_endAllocateToPool(index, self._pool)
+            _cuda_releasePool(index, self._pool)
+        self._pool = torch.cuda.graph_pool_handle()
+
+
+class Recording:
+    """One layout of arguments of a kind of block: where its graphs read and write."""
+
+    def __init__(self, args: object, kwargs: object, result: object, alignment: int) -> None:
+        self.graphs: dict[Place, Replay] = {}
+        self._twin = functools.partial(twin, alignment=alignment)
+        self._args, self._kwargs, self._result = map_tensors(self._twin, [args, kwargs, result])
+        self._given = list(tensors_in([self._args, self._kwargs]))
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(span_bytes(t) for t in tensors_in([self._args, self._kwargs, self._result]))
+
+    def run(self, forward: Callable[..., object]) -> None:
+        """What is recorded: a forward on the arguments kept here."""
+        result = forward(*self._args, **self._kwargs)
+        for still, fresh in zip(tensors_in(self._result), tensors_in(result), strict=True):
+            fill(still, fresh)
+
+    def play(self, place: Place, given: Sequence[torch.Tensor]) -> object:
+        """The result for these arguments, of the block whose params lie at `place`."""
+        for still, fresh in zip(self._given, given, strict=True):
+            fill(still, fresh)
+        self.graphs[place]()
+        return map_tensors(lambda still: fill(self._twin(still), still), self._result)
+
+
+class Graphs:
+    """Replays blocks' forwards where that is possible. Use under the baton, on one stream.
+
+    A layout of arguments is recorded when a block meets it for the second time: what comes once is not worth it.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        recorder: Recorder,
+        limit_bytes: int = LIMIT_BYTES,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.limit_bytes = limit_bytes
+        self.replay_count = 0
+        self._device = device
+        self._recorder = recorder
+        self._clock = clock
+        self._recordings: dict[Signature, Recording] = {}
+        self._met: dict[Signature, WeakKeyDictionary[Block, bool]] = {}  # True: its results were compared
+        self._refused: set[str] = set()  # kinds of blocks
+        self._full_s: float | None = None  # since when
+
+    @property
+    def graph_count(self) -> int:
+        return sum(len(recording.graphs) for recording in list(self._recordings.values()))
+
+    @property
+    def held_bytes(self) -> int:
+        """Device memory that recordings take."""
+        return self._recorder.held_bytes + sum(r.size_bytes for r in list(self._recordings.values()))
+
+    def take(self, blocks: Sequence[Block]) -> None:
+        """Record these blocks' forwards, as they are now, and replay them."""
+        for block in blocks:
+            block.module.forward = types.MethodType(self._recorded(block), block.module)
+
+    def clear(self) -> None:
+        """Give all memory back; what is still in use is recorded again as it comes."""
+        self._recordings.clear()
+        self._recorder.drop()
+        self._full_s = None
+
+    def _recorded(self, block: Block) -> Callable[..., object]:
+        forward = block.module.forward
+        tensors = [*block.module.parameters(), *block.module.buffers()]
+
+        @functools.wraps(type(block.module).forward)
+        def recorded(_: object, *args: Any, **kwargs: Any) -> object:
+            return self._call(block, forward, tuple(t.data_ptr() for t in tensors), args, kwargs)
+
+        return recorded
+
+    def _call(
+        self, block: Block, forward: Callable[..., object], place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> object:
+        given = list(tensors_in([args, kwargs]))
+        # Kernels are chosen by alignment too.
+        offsets = tuple(t.data_ptr() % self._recorder.alignment for t in given)
+        layout = (block.kind, signature(args), signature(kwargs), offsets)
+        met = self._blocks_that_met(layout)
+        recording = self._recordings.get(layout)
+        if recording is not None and place in recording.graphs and met.get(block, False):
+            self.replay_count += 1
+            return recording.play(place, given)
+        result = forward(*args, **kwargs)
+        if block not in met:
+            met[block] = False
+        elif block.kind not in self._refused and self._may_record():
+            self._record(layout, block, forward, place, (args, kwargs, result))
+        return result
+
+    def _blocks_that_met(self, layout: Signature) -> WeakKeyDictionary[Block, bool]:
+        if layout not in self._met:
+            if len(self._met) >= LAYOUT_LIMIT:
+                self._met.clear()
+                self.clear()
+            self._met[layout] = WeakKeyDictionary()
+        return self._met[layout]
+
+    def _may_record(self) -> bool:
+        if self._full_s is not None:
+            if self._clock() - self._full_s < CALM_S:
+                return False
+            self.clear()
+        return True
+
+    def _record(
+        self, layout: Signature, block: Block, forward: Callable[..., object], place: Place, call: tuple[Any, Any, Any]
+    ) -> None:
+        """Record a call that was just made, and compare what a replay gives with its result."""
+        args, kwargs, result = call
+        try:
+            recording = self._recordings.get(layout) or self._new_recording(args, kwargs, result)
+            if place not in recording.graphs:
+                recording.graphs[place] = self._recorder.record(lambda: recording.run(forward))
+            if not self._met[layout][block]:
+                compare(result, recording.play(place, list(tensors_in([args, kwargs]))))
+        except UnrecordableError as error:
+            self._refuse(block, str(error))
+        except RuntimeError as error:
+            if is_memory_full(error):
+                self._full_s = self._clock()
+            else:  # it waits for the device, or asks the host
+                self._refuse(block, str(error))
+        else:
+            self._recordings[layout] = recording
+            self._met[layout][block] = True
+            if self.held_bytes > self.limit_bytes or self.graph_count >= GRAPH_LIMIT:
+                self._full_s = self._clock()
+
+    def _new_recording(self, args: object, kwargs: object, result: object) -> Recording:
+        if not all(map(is_plain, (args, kwargs, result))):
+            raise UnrecordableError("an argument or result is no plain value")
+        if any(t.device != self._device for t in tensors_in([args, kwargs, result])):
+            # Numbers in host memory would be read once, when it is recorded.
+            raise UnrecordableError("an argument or result lies in host memory")
+        return Recording(args, kwargs, result, self._recorder.alignment)
+
+    def _refuse(self, block: Block, reason: str) -> None:
+        log.warning("launched kernel by kernel", block=type(block.module).__name__, reason=reason.partition("\n")[0])
+        self._refused.add(block.kind)
+        for layout in [layout for layout in self._recordings if layout[0] == block.kind]:
+            del self._recordings[layout]
+
+
+def is_plain(value: object) -> bool:
+    """Whether `map_tensors` and `signature` see all of it."""
+    if type(value) in (list, tuple):
+        return all(map(is_plain, value))  # type: ignore[call-overload]
+    if type(value) is dict:
+        return all(map(is_plain, value.values()))
+    return value is None or isinstance(value, torch.Tensor | bool | int | float | str)
+
+
+def twin(like: torch.Tensor, alignment: int) -> torch.Tensor:
+    """Memory of the same layout, at the same address modulo the alignment; not filled."""
+    with torch.inference_mode(like.is_inference()):
+        memory = torch.empty(span_bytes(like) + alignment, dtype=torch.uint8, device=like.device)
+        return place_view(memory, (like.data_ptr() - memory.data_ptr()) % alignment, like)
+
+
+def fill(still: torch.Tensor, fresh: torch.Tensor) -> torch.Tensor:
+    """Copy numbers into a twin."""
+    written_once(still).copy_(written_once(fresh))
+    return still
+
+
+def written_once(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of an expanded tensor that has memory of its own."""
+    for dim, stride in enumerate(tensor.stride()):
+        if stride == 0 and tensor.shape[dim] > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
+
+
+def compare(result: object, replayed: object) -> None:
+    """Raises UnrecordableError unless both are the same, bit for bit. Waits for the device."""
+    same = signature(result) == signature(replayed)
+    if not same or not all(map(same_bits, tensors_in(result), tensors_in(replayed))):
+        raise UnrecordableError("a replay gave other numbers than the forward: it does more than launch kernels")
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """NaN is as good as any number here."""
+    bits, others = (t.contiguous().as_strided((t.numel(),), (1,)).view(torch.uint8) for t in (one, other))
+    return torch.equal(bits, others)
