@@ -16,6 +16,7 @@ import itertools
 import json
 import mmap
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -87,10 +88,14 @@ def disk_rate(files: list[Path]) -> float:
 
 
 @contextmanager
-def served(folder: Path) -> Iterator[Stack]:
-    """A stack over one folder as the model "z", with nothing started yet."""
+def served(folder: Path, stage: str, logs: Path | None) -> Iterator[Stack]:
+    """A stack over one folder as the model "z", with nothing started yet; its logs are kept in a folder."""
     with tempfile.TemporaryDirectory() as disk, running(Path(disk), {"z": folder}) as stack:
-        yield stack
+        try:
+            yield stack
+        finally:
+            for log in Path(disk).glob("*.log") if logs else ():
+                shutil.copy(log, logs / f"{stage}-{log.name}")
 
 
 def flags(max_vram: str) -> tuple[str, ...]:
@@ -101,7 +106,7 @@ def cold(folder: Path, job: Job, options: argparse.Namespace, device: torch.devi
     """On demand: nothing in memory, the first request makes the loader read."""
     dropped = not options.tiny and drop_page_cache()
     rate = disk_rate(weights(folder))
-    with served(folder) as stack:
+    with served(folder, "cold", options.logs) as stack:
         stack.loader(extent_bytes=options.extent_bytes)
         address = start_sampler(stack, device, options.tiny, *flags(options.max_vram)).addresses[0]
         if dropped:
@@ -113,12 +118,13 @@ def cold(folder: Path, job: Job, options: argparse.Namespace, device: torch.devi
         "disk_gb_s": rate / 1e9,
         "cold_s": answer.seconds,
         "read_alone_s": size / rate,
+        **parts(answer, "cold"),
     }, answer
 
 
 def warm(folder: Path, job: Job, options: argparse.Namespace, device: torch.device) -> tuple[Figures, list[Answer]]:
     """After an eager load: one client, four, and the same prompt again; peak memory over all of it."""
-    with served(folder) as stack:
+    with served(folder, "warm", options.logs) as stack:
         watch = Watch(device)
         stack.loader("--eager-load", extent_bytes=options.extent_bytes)
         start = time.perf_counter()
@@ -142,11 +148,19 @@ def warm(folder: Path, job: Job, options: argparse.Namespace, device: torch.devi
         "warm_s": two.seconds,
         "warm_streamed_bytes": two.finished.streamed_bytes,
         "warm_stall_s": two.finished.stall_time_s,
+        **parts(two, "warm"),
         "four_clients_s": four_s,
         "four_clients_bit_equal": [a.hashes for a in four] == four_alone,
         **memo,
         **peak_figures(peak, options.max_vram),
     }, [picture, two]
+
+
+def parts(answer: Answer, name: str) -> Figures:
+    """Where a request's time went; of several pictures, the sum of theirs. Before: until it was admitted."""
+    finished = answer.finished
+    phases = {f"{name}_{phase.name.lower()}_s": seconds for phase, seconds in finished.phase_times_s.items()}
+    return {f"{name}_before_s": answer.seconds - finished.run_time_s, f"{name}_run_s": finished.run_time_s} | phases
 
 
 def same_prompt(address: str, job: Job) -> Figures:
@@ -225,7 +239,7 @@ def two_pictures(folder: Path, job: Job, options: argparse.Namespace, device: to
 def budgets(folder: Path, job: Job, options: argparse.Namespace, device: torch.device) -> list[Figures]:
     """A row for each budget."""
     rows = []
-    with served(folder) as stack:
+    with served(folder, "budgets", options.logs) as stack:
         stack.loader("--eager-load", extent_bytes=options.extent_bytes)
         for budget in sorted(options.budgets, key=lambda b: float(b) or float("inf")):
             watch = Watch(device)
@@ -270,6 +284,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, help="written by bench/checkpoint.py z-image; made if it is not there")
     parser.add_argument("--max-vram", default="11", metavar="GIB")
     parser.add_argument("--budgets", nargs="+", metavar="GIB", help="go through these instead; 0: all that is free")
+    parser.add_argument("--logs", type=Path, help="keep the services' logs in this folder")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the code")
     options = parser.parse_args(arguments)
     options.extent_bytes = "64KiB" if options.tiny else "64MiB"

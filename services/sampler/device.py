@@ -12,7 +12,7 @@ from services.sampler.graphs import LIMIT_BYTES, LIMIT_SHARE, CudaRecorder, Grap
 from services.sampler.registration import Registrar, Way
 from services.sampler.ring import Ring
 from services.sampler.transfer import ArenaViews, Transfer
-from services.sampler.vram import Vram
+from services.sampler.vram import Allowance, Vram
 
 GIB = 1 << 30
 
@@ -44,16 +44,22 @@ def open_device(config: Config) -> tuple[Transfer, DeviceFacts]:
     torch.cuda.set_device(device)
     free, total = torch.cuda.mem_get_info(device)
     budget = budget_bytes(config.max_vram_gib, free)
-    own = budget - vram.outside_bytes()
+    allowance = Allowance(
+        budget,
+        vram.outside_bytes,
+        lambda allowed: torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, allowed) / total), device),
+    )
+    own = allowance.look()
     if own <= 0:
-        least = vram.outside_bytes() / GIB
+        least = (budget - own) / GIB
         raise ConfigError(f"--max-vram {config.max_vram_gib:g}: CUDA alone takes {least:.2f} GiB; allow more than that")
-    # The allocator's own limit makes the budget a hard one, whatever our plan says.
-    torch.cuda.set_per_process_memory_fraction(min(1.0, own / total), device)
     registrar = Registrar(device, Driver(), Way[config.page_lock.upper().replace("-", "_")])
     reserve = round(config.work_reserve_gib * GIB)
     for_graphs = min(LIMIT_BYTES, own // LIMIT_SHARE) if config.cuda_graphs else 0
-    ring = Ring(device, own - for_graphs, reserve, keep_residents=config.stream_layers, registrar=registrar)
+    ring = Ring(
+        device, own - for_graphs, reserve, config.stream_layers, registrar=registrar,
+        budget_now=lambda: allowance.look() - for_graphs,
+    )  # fmt: skip
     return ring, DeviceFacts(device, torch.cuda.get_device_name(device), budget, for_graphs, vram)
 
 

@@ -57,6 +57,10 @@ class Recorder(Protocol):
     alignment: int  # what of an address the choice of kernels may depend on, bytes
     held_bytes: int  # memory that graphs work in
 
+    def warm_up(self, work: Callable[[], object]) -> None:
+        """Run `work` where it will be recorded: libraries make ready what cannot be made ready during a recording."""
+        ...
+
     def record(self, work: Callable[[], object]) -> Replay:
         """What `work` launches, without running it. Raises RuntimeError if it cannot be recorded, or memory is full."""
         ...
@@ -77,6 +81,10 @@ class CudaRecorder:
         self._local = threading.local()
         self._thread = ThreadPoolExecutor(1, "recorder", initializer=self._settle)
         self._pool = torch.cuda.graph_pool_handle()
+
+    def warm_up(self, work: Callable[[], object]) -> None:
+        here = torch.cuda.current_stream(self._device)
+        self._thread.submit(self._warm_up, here, work).result()
 
     def record(self, work: Callable[[], object]) -> Replay:
         before = torch.cuda.memory_reserved(self._device)
@@ -99,20 +107,32 @@ class CudaRecorder:
             torch.cuda.current_blas_handle()  # type: ignore[no-untyped-call] # its workspace must not be taken from the pool
 
     @torch.inference_mode()
+    def _warm_up(self, callers: torch.cuda.Stream, work: Callable[[], object]) -> None:
+        stream = self._local.stream
+        stream.wait_stream(callers)
+        with torch.cuda.stream(stream):
+            work()
+        callers.wait_stream(stream)
+
+    @torch.inference_mode()
     def _record(self, graph: torch.cuda.CUDAGraph, work: Callable[[], object]) -> None:
-        ended = False
         with torch.cuda.stream(self._local.stream):
             # Other threads go on page-locking and copying meanwhile.
             graph.capture_begin(self._pool, capture_error_mode="thread_local")
             try:
-                try:
-                    work()
-                finally:
-                    graph.capture_end()
-                    ended = True
-            finally:
-                if not ended:
-                    self._abandon_pool()
+                work()
+            except BaseException:
+                with suppress(RuntimeError):  # it says only that something went wrong before
+                    self._end(graph)
+                raise
+            self._end(graph)
+
+    def _end(self, graph: torch.cuda.CUDAGraph) -> None:
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            self._abandon_pool()
+            raise
 
     def _abandon_pool(self) -> None:
         """torch does not tell its allocator when a capture ends badly: it would give out no cached memory any more."""
@@ -243,9 +263,12 @@ class Graphs:
         """Record a call that was just made, and compare what a replay gives with its result."""
         args, kwargs, result = call
         try:
-            recording = self._recordings.get(layout) or self._new_recording(args, kwargs, result)
+            recording = self._recordings.get(layout)
+            if recording is None:
+                recording = self._new_recording(args, kwargs, result)
+                self._recorder.warm_up(functools.partial(recording.run, forward))
             if place not in recording.graphs:
-                recording.graphs[place] = self._recorder.record(lambda: recording.run(forward))
+                recording.graphs[place] = self._recorder.record(functools.partial(recording.run, forward))
             if not self._met[layout][block]:
                 compare(result, recording.play(place, list(tensors_in([args, kwargs]))))
         except UnrecordableError as error:

@@ -5,7 +5,7 @@ Owns the copy stream. `residency.py` plans what stays, `registration.py` page-lo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import structlog
 import torch
@@ -39,6 +39,7 @@ class Ring:
         slot_counts: Sequence[int] = SLOT_COUNTS,
         poison: bool = False,
         registrar: Registrar | None = None,
+        budget_now: Callable[[], int] | None = None,
     ) -> None:
         self.device = device
         self.budget_bytes = budget_bytes  # of params and work
@@ -48,6 +49,7 @@ class Ring:
         self._poison = poison
         self._slot_counts = slot_counts
         self._registrar = registrar
+        self._budget_now = budget_now or (lambda: budget_bytes)
         self._copies = new_stream(device) if device.type == "cuda" else None
         self._staging: Staging | None = None
         self._small, self._large = SlotRing(), SlotRing()
@@ -115,7 +117,8 @@ class Ring:
                 self._absent.pop(id(param), None)
 
     def reserve(self, work_bytes: int) -> None:
-        if work_bytes != self.reserve_bytes:
+        before, self.budget_bytes = self.budget_bytes, self._budget_now()
+        if (work_bytes, self.budget_bytes) != (self.reserve_bytes, before):
             self._hold(self._gates, work_bytes)
             self.reserve_bytes = work_bytes
 

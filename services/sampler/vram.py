@@ -6,13 +6,16 @@ torch counts its own allocations. The driver counts the context, loaded kernels 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import pynvml
 import torch
 import torch.nn.functional as F
 
-# Kernels are loaded when they are first used: what may still come after `warm_up`.
-LATER_BYTES = 192 << 20
+# Kernels are loaded when they are first used: what a first picture was seen to add after `warm_up` (some 300 MiB), and
+# what may come at any time after it.
+FIRST_BYTES, LATER_BYTES = 384 << 20, 96 << 20
+STEP_BYTES = 32 << 20
 
 
 class Vram:
@@ -35,8 +38,29 @@ class Vram:
         return torch.cuda.memory_reserved(self._device) + self._context_bytes
 
     def outside_bytes(self) -> int:
-        """What this process takes or may soon take beside torch's allocations."""
-        return self.process_bytes() - torch.cuda.memory_reserved(self._device) + LATER_BYTES
+        """What this process takes beside torch's allocations."""
+        return self.process_bytes() - torch.cuda.memory_reserved(self._device)
+
+
+class Allowance:
+    """What torch may allocate of a budget: all but what the process takes beside it, now and soon.
+
+    outside: what it takes beside torch's allocations, bytes. limit: makes the allocator refuse more than so many, so
+    that the budget holds whatever the plan says.
+    """
+
+    def __init__(self, budget_bytes: int, outside: Callable[[], int], limit: Callable[[int], object]) -> None:
+        self._budget_bytes = budget_bytes
+        self._outside = outside
+        self._limit = limit
+        self._first_bytes = outside() + FIRST_BYTES
+
+    def look(self) -> int:
+        """Bytes for torch, as things are; in steps, so that plans do not change with every kernel that is loaded."""
+        outside = max(self._first_bytes, self._outside() + LATER_BYTES)
+        allowed = (self._budget_bytes - outside) // STEP_BYTES * STEP_BYTES
+        self._limit(allowed)
+        return allowed
 
 
 def warm_up(device: torch.device) -> None:

@@ -43,6 +43,9 @@ class TapeRecorder:
     def __init__(self) -> None:
         self.drops = 0
 
+    def warm_up(self, work: Callable[[], object]) -> None:
+        work()
+
     def record(self, work: Callable[[], object]) -> Callable[[], object]:
         tape = Tape()
         with tape:
