@@ -80,10 +80,10 @@ def traced(stack: Stack, counts: Sequence[int], options: argparse.Namespace) -> 
     with attached_to(stack, "z", ring, options.tiny) as model:
         name = trace_riders(model.engine, trace)
         for count in counts:
-            for take in ("warm", "drawn"):
+            for take in ("warm", "more", "drawn"):
                 requests = [
                     ImageRequest(
-                        "z", f"a fox, {take} {n}", f"r{n}", width_px=sizes[n][0], height_px=sizes[n][1],
+                        "z", f"a fox, {take:>5} {n}", f"r{n}", width_px=sizes[n][0], height_px=sizes[n][1],
                         step_count=options.steps, guidance_scale=0.0,
                     )
                     for n in range(count)

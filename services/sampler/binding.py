@@ -19,6 +19,7 @@ import diffusers
 import torch
 import transformers
 from accelerate import init_empty_weights
+from diffusers import DiffusionPipeline  # here, for it imports much: not when the first request comes
 from torch import nn
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
@@ -104,7 +105,7 @@ def pipeline_class_of(index: Mapping[str, object]) -> Any:
     """The pipeline class that model_index.json names. Raises UnsupportedModel."""
     name = str(index.get("_class_name"))
     found = getattr(diffusers, name, None)
-    if not (isinstance(found, type) and issubclass(found, diffusers.DiffusionPipeline)):
+    if not (isinstance(found, type) and issubclass(found, DiffusionPipeline)):
         raise UnsupportedModel(f"diffusers {diffusers.__version__} has no pipeline class {name}")
     if "PAG" in name:
         # It swaps attention processors on the shared modules in mid-request, under the other riders.

@@ -79,11 +79,20 @@ def arena_bytes(arena: AttachedArena) -> torch.Tensor:
     return torch.frombuffer(arena.data, dtype=torch.uint8)
 
 
-def absent(like: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """What a param is while it has no bytes: the shape and dtype that code may ask for, one NaN everywhere."""
-    with torch.inference_mode(False):
-        nan = torch.full((like.element_size(),), 0xFF, dtype=torch.uint8, device=device).view(like.dtype)
-        return nan.expand(like.shape)
+class Absent:
+    """What params are while they have no bytes: the shape and dtype that code may ask for, one NaN everywhere."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        # Made once: the driver may be busy page-locking, and lets nobody near the device for tens of milliseconds.
+        self._nans: dict[torch.dtype, torch.Tensor] = {}
+
+    def like(self, tensor: torch.Tensor) -> torch.Tensor:
+        with torch.inference_mode(False):
+            if tensor.dtype not in self._nans:
+                ones = torch.full((tensor.element_size(),), 0xFF, dtype=torch.uint8, device=self._device)
+                self._nans[tensor.dtype] = ones.view(tensor.dtype)
+            return self._nans[tensor.dtype].expand(tensor.shape)
 
 
 def extents_of(arena: AttachedArena, param: BoundParam) -> Iterator[int]:

@@ -26,5 +26,8 @@ def numbers(sampler: Sampler, device: DeviceFacts, graphs: Graphs | None) -> Ite
         yield GaugeMetricFamily("headwater_graphs", "CUDA graphs of blocks.", graphs.graph_count)
         yield GaugeMetricFamily("headwater_graph_bytes", "VRAM that graphs work in.", graphs.held_bytes)
         yield CounterMetricFamily("headwater_graph_replays", "Blocks computed by a graph.", graphs.replay_count)
+    if device.vram is not None:
+        for name, (count, what) in device.vram.shortages().items():
+            yield CounterMetricFamily(f"headwater_allocator_{name}", what, count)
     connected = float(sampler.library.loader_connected)
     yield GaugeMetricFamily("headwater_loader_connected", "1 while the loader answers.", connected)

@@ -22,7 +22,7 @@ from torch import nn
 from services.sampler.binding import BoundComponent
 from services.sampler.blocks import Speedup, blocks_of
 from services.sampler.engine import Engine
-from services.sampler.gates import Gate, absent, is_host_lookup, split
+from services.sampler.gates import Absent, Gate, is_host_lookup, split
 from services.sampler.guard import Guard
 from services.sampler.memo import PromptMemo
 from services.sampler.traits import Traits
@@ -54,6 +54,7 @@ class AttachedModel:
         self.traits = traits
         self.memo = PromptMemo()
         self.units: dict[str, Gate] = {}
+        self._absent = Absent(engine.transfer.device)
         self.pinned: list[Gate] = []
         self.gates: list[Gate] = []
         for component in components:
@@ -127,7 +128,7 @@ class AttachedModel:
         view.__class__ = self._view_class
         parts: dict[str, object] = {"scheduler": copy.deepcopy(self.pipeline.scheduler)}
         for name, gate in self.units.items():
-            parts[name] = unit_view(self.engine, gate)
+            parts[name] = unit_view(self.engine, gate, self._absent)
         view.__dict__.update(parts)  # setattr would write them into the pipeline's config
         if hasattr(view, "encode_prompt"):
             view.__dict__["encode_prompt"] = self.memo.wrap(view.encode_prompt)
@@ -203,25 +204,24 @@ def view_class(pipeline_class: type, device: torch.device) -> type:
     return type(pipeline_class.__name__, (pipeline_class,), {"_execution_device": here, "device": here})
 
 
-def unit_view(engine: Engine, gate: Gate) -> Any:
+def unit_view(engine: Engine, gate: Gate, absent: Absent) -> Any:
     """A tree of the unit's modules for one request; its params have bytes only inside `decode` and `encode`.
 
     A cast of the tree (an upcasting pipeline) changes this request's params only, and is honoured when they are bound.
     """
     shared = [p.tensor for p in gate.params]
-    nothing = [absent(p.view, engine.transfer.device) for p in gate.params]
-    own = [nn.Parameter(n, requires_grad=p.tensor.requires_grad) for n, p in zip(nothing, gate.params, strict=True)]
+    own = [nn.Parameter(absent.like(p.view), requires_grad=p.tensor.requires_grad) for p in gate.params]
     memo: dict[int, object] = {id(b): b for b in gate.module.buffers()}
     memo |= {id(t): o for t, o in zip(shared, own, strict=True)}
     unit: Any = copy.deepcopy(gate.module, memo)
     for name in ("decode", "encode"):
         if hasattr(unit, name):
-            unit.__dict__[name] = bound_while(engine, gate, own, getattr(unit, name))
+            unit.__dict__[name] = bound_while(engine, gate, own, absent, getattr(unit, name))
     return unit
 
 
 def bound_while(
-    engine: Engine, gate: Gate, own: list[nn.Parameter], call: Callable[..., object]
+    engine: Engine, gate: Gate, own: list[nn.Parameter], absent: Absent, call: Callable[..., object]
 ) -> Callable[..., object]:
     """`call`, stopped at the gate and with `own` bound to its bytes."""
 
@@ -234,7 +234,7 @@ def bound_while(
             return call(*args, **options)
         finally:
             for param in own:
-                param.data = absent(param.data, engine.transfer.device)
+                param.data = absent.like(param.data)
             engine.leave(gate)
 
     return gated

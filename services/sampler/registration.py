@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
@@ -48,6 +49,7 @@ class Registration:
     arena: AttachedArena
     data: torch.Tensor  # uint8, the whole data
     todo: list[tuple[int, int]]
+    since_s: float = field(default_factory=time.monotonic)
     locked: list[int] = field(default_factory=list)  # addresses
 
     def next_ready(self) -> tuple[int, int] | None:
@@ -130,6 +132,9 @@ class Registrar:
         registration.todo.remove((start, size))
         registration.locked.append(address)
         self.locked_bytes += size
+        if not registration.todo:
+            seconds = round(time.monotonic() - registration.since_s, 3)
+            log.info("page-locked", size_bytes=len(registration.data), seconds=seconds, way=self.way.value)
 
     def _lock_ways(self) -> dict[Way, Callable[[AttachedArena, int, int, int], int]]:
         return {Way.READ_ONLY: self._lock_read_only, Way.PROTECTED: self._lock_protected}

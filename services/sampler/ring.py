@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import structlog
 import torch
 
+from services.errors import DeviceMemoryFull
 from services.params.arena import AttachedArena
-from services.sampler.gates import Gate, absent, arena_bytes
+from services.sampler.gates import Absent, Gate, arena_bytes
 from services.sampler.registration import CHUNK_BYTES, Registrar, Way
 from services.sampler.residency import SLOT_COUNTS, Plan, is_small, plan, plan_slots
 from services.sampler.slots import Slot, SlotRing, new_slot
@@ -57,7 +58,8 @@ class Ring:
         self._pieces: dict[Gate, tuple[Piece, ...]] = {}
         self._residents: dict[Gate, Slot | None] = {}  # None: to stay once it is brought
         self._sources: dict[AttachedArena, torch.Tensor] = {}
-        self._absent: dict[int, torch.Tensor] = {}  # by BoundParam
+        self._absent = Absent(device)
+        self._unbound: dict[int, torch.Tensor] = {}  # by BoundParam
         self._largest_bytes = 0
 
     @property
@@ -114,13 +116,20 @@ class Ring:
         for gate in gone:
             self._pieces.pop(gate, None)
             for param in gate.params:
-                self._absent.pop(id(param), None)
+                self._unbound.pop(id(param), None)
 
     def reserve(self, work_bytes: int) -> None:
-        before, self.budget_bytes = self.budget_bytes, self._budget_now()
-        if (work_bytes, self.budget_bytes) != (self.reserve_bytes, before):
+        if work_bytes != self.reserve_bytes:
             self._hold(self._gates, work_bytes)
             self.reserve_bytes = work_bytes
+
+    def review_budget(self) -> None:
+        before, self.budget_bytes = self.budget_bytes, self._budget_now()
+        if before != self.budget_bytes:
+            try:
+                self._hold(self._gates)
+            except DeviceMemoryFull as error:  # whoever asks for work next hears of it
+                log.warning("the process takes more than expected", reason=str(error))
 
     def make_way(self) -> bool:
         idle = [g for g, slot in self._residents.items() if slot is not None and not g.pinned]
@@ -299,9 +308,9 @@ class Ring:
 
     def _unbind(self, gate: Gate) -> None:
         for param in gate.params:
-            if id(param) not in self._absent:
-                self._absent[id(param)] = absent(param.view, self.device)
-            param.tensor.data = self._absent[id(param)]
+            if id(param) not in self._unbound:
+                self._unbound[id(param)] = self._absent.like(param.view)
+            param.tensor.data = self._unbound[id(param)]
 
 
 def pieces_of(gate: Gate, chunk_bytes: int = CHUNK_BYTES) -> Iterator[Piece]:

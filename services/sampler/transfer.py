@@ -44,6 +44,10 @@ class Transfer(Protocol):
         """Leave room for so many bytes of work beside params. No gate may be open. Raises DeviceMemoryFull."""
         ...
 
+    def review_budget(self) -> None:
+        """Look how much of the budget the process takes elsewhere; takes milliseconds. No gate may be open."""
+        ...
+
     def make_way(self) -> bool:
         """Keep nothing that can be streamed, for memory is short; False if there was no such thing. No gate open."""
         ...
@@ -85,6 +89,9 @@ class ArenaViews:
         return gate.size_bytes
 
     def reserve(self, work_bytes: int) -> None:
+        pass
+
+    def review_budget(self) -> None:
         pass
 
     def make_way(self) -> bool:

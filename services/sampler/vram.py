@@ -37,6 +37,14 @@ class Vram:
                 return int(process.usedGpuMemory)
         return torch.cuda.memory_reserved(self._device) + self._context_bytes
 
+    def shortages(self) -> dict[str, tuple[int, str]]:
+        """How often torch's allocator was short of memory: counts, and what they mean."""
+        stats = torch.cuda.memory_stats(self._device)
+        return {
+            "retries": (stats["num_alloc_retries"], "Allocations that had to give cached memory back first."),
+            "failures": (stats["num_ooms"], "Allocations that failed; what asked may have found another way."),
+        }
+
     def outside_bytes(self) -> int:
         """What this process takes beside torch's allocations."""
         return self.process_bytes() - torch.cuda.memory_reserved(self._device)

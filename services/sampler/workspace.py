@@ -79,6 +79,9 @@ class Workspace:
             if meter is not None:
                 meter.pause()
                 self._memory.learn(kind, meter.need)
+                # Its kernels have been loaded by now.
+                self._engine.settle()
+                self._engine.transfer.review_budget()
         finally:
             self._working.remove(kind)
 

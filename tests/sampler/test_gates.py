@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from services.sampler.gates import BoundParam, absent, is_host_lookup, lay_out, merge_ranges, split
+from services.sampler.gates import Absent, BoundParam, is_host_lookup, lay_out, merge_ranges, split
 
 ranges = st.lists(st.tuples(st.integers(0, 50_000), st.integers(1, 5_000)), min_size=1, max_size=30)
 
@@ -97,7 +97,7 @@ def test_a_shared_module_gets_one_gate() -> None:
 def test_absent_params_look_right_and_read_as_nan() -> None:
     """Shape and dtype may be asked for outside a gate; a value is NaN."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        gone = absent(torch.zeros(3, 5, dtype=dtype), torch.device("cpu"))
+        gone = Absent(torch.device("cpu")).like(torch.zeros(3, 5, dtype=dtype))
         assert gone.shape == (3, 5)
         assert gone.dtype == dtype
         assert gone.isnan().all()

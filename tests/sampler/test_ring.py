@@ -135,14 +135,13 @@ def test_work_takes_the_place_of_residents(gates: list[Gate]) -> None:
 
 
 def test_a_budget_that_shrinks(gates: list[Gate]) -> None:
-    """What the process takes elsewhere comes off the residents when the next picture's room is made."""
+    """What the process takes elsewhere comes off the residents when the budget is looked at."""
     budget = 6 * WEIGHTS * 4
     made = Ring(torch.device("cpu"), budget, slot_counts=(3, 2), budget_now=lambda: budget)
     made.attach(gates)
-    made.reserve(0)
     assert sum(made.resident_bytes_of(g) for g in gates) == 3 * WEIGHTS * 4
     budget -= WEIGHTS * 4
-    made.reserve(0)
+    made.review_budget()
     assert sum(made.resident_bytes_of(g) for g in gates) == 2 * WEIGHTS * 4
 
 
