@@ -14,6 +14,7 @@ from torch import nn
 
 from services.errors import DeviceMemoryFull
 from services.params.layout import Extent
+from services.sampler.budget import Budget
 from services.sampler.gates import BoundParam, Gate
 from services.sampler.ring import Ring, pieces_of
 
@@ -51,7 +52,7 @@ def holds_its_own(gate: Gate) -> bool:
 
 
 def ring(gates: list[Gate], budget_bytes: int = 1 << 20, **options: Any) -> Ring:
-    made = Ring(torch.device("cpu"), budget_bytes, **options)
+    made = Ring(torch.device("cpu"), Budget(budget_bytes), **options)
     made.attach(gates)
     return made
 
@@ -110,7 +111,7 @@ def test_the_budget_decides_who_stays(gates: list[Gate]) -> None:
     made = ring(gates, budget_bytes=6 * WEIGHTS * 4)
     assert sum(made.resident_bytes_of(g) for g in gates) == 3 * WEIGHTS * 4
     assert ring(gates, budget_bytes=2 * WEIGHTS * 4).held_bytes == 2 * WEIGHTS * 4
-    with pytest.raises(DeviceMemoryFull, match="raise --max-vram"):
+    with pytest.raises(DeviceMemoryFull, match=r"too small: --max-vram 0\.01 is the least that works"):
         ring(gates, budget_bytes=2 * WEIGHTS * 4 - 1)
 
 
