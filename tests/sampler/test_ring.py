@@ -6,6 +6,7 @@ import gc
 import random
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import nn
 
 from services.errors import DeviceMemoryFull
 from services.params.layout import Extent
-from services.sampler.budget import Budget
+from services.sampler.budget import UNLIMITED_BYTES, Budget, budget_bytes
 from services.sampler.gates import BoundParam, Gate
 from services.sampler.ring import Ring, pieces_of
 
@@ -133,6 +134,40 @@ def test_work_takes_the_place_of_residents(gates: list[Gate]) -> None:
         made.leave(gate)
 
     assert made.held_bytes == 6 * WEIGHTS * 4
+
+
+def test_the_budget_that_a_refusal_names_works(gates: list[Gate]) -> None:
+    """With what CUDA takes, graphs, a pinned gate, and a picture's work, for which a smaller budget has no room."""
+    gates[0].pinned = True
+    work_bytes = 2 << 30
+
+    def attach(budget: Budget) -> None:
+        made = Ring(torch.device("cpu"), budget)
+        made.attach(gates, work_bytes)
+        assert made.reserve_bytes == work_bytes <= made.work_limit_bytes
+
+    small = Budget(work_bytes, 600 << 20, has_graphs=True)
+    with pytest.raises(DeviceMemoryFull) as refused:
+        attach(small)
+    named = str(refused.value).split("--max-vram ")[1].split()[0]
+    attach(replace(small, total_bytes=budget_bytes(float(named), UNLIMITED_BYTES)))
+    least = small.least_bytes(work_bytes + 3 * WEIGHTS * 4)
+    attach(replace(small, total_bytes=least))
+    with pytest.raises(DeviceMemoryFull):
+        attach(replace(small, total_bytes=least - 1))
+
+
+def test_work_makes_way_for_a_model(gates: list[Gate]) -> None:
+    """Room that pictures had once is given back as far as a new model needs it, not beyond what is asked for work."""
+    made = ring(gates[:1], budget_bytes=6 * WEIGHTS * 4)
+    made.reserve(5 * WEIGHTS * 4)
+    made.attach(gates[1:3], 4 * WEIGHTS * 4)
+    assert made.reserve_bytes == 4 * WEIGHTS * 4
+    with pytest.raises(DeviceMemoryFull):
+        made.attach(gates[3:], 5 * WEIGHTS * 4)
+    made.attach(gates[3:], WEIGHTS * 4)
+
+    assert made.reserve_bytes == 4 * WEIGHTS * 4
 
 
 def test_residents_make_way(gates: list[Gate]) -> None:
