@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from services.sampler.budget import GIB, UNLIMITED_BYTES, Budget, budget_bytes, gib_up
@@ -11,6 +11,7 @@ sizes = st.integers(1, 1 << 36) | st.integers(1, 1000)
 
 
 @given(sizes, st.integers(0, 2 * GIB), st.booleans())
+@example(15, 0, True)
 def test_the_least_budget_is_enough_and_a_byte_less_is_not(ring: int, outside: int, has_graphs: bool) -> None:
     """With the share of graphs too, which depends on the budget."""
     least = Budget(0, outside, has_graphs).least_bytes(ring)

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,6 +63,7 @@ def test_a_loader_that_comes_later_is_waited_for(own: Stack) -> None:
     """The log says so once; then all is as if the loader had been there, also once it has gone again."""
     sampler = own.sampler("--attach", "tiny", until="waiting for the loader")
     assert not sampler.addresses
+    time.sleep(1.5)  # it asks every 0.5 s
     loader = own.loader("--eager-load")
     log = sampler.wait_for("event=serving")
     sampler.wait_for("all params ready")
@@ -95,8 +97,8 @@ def test_a_model_that_is_not_supported_ends_the_start(models: Stack) -> None:
 
 @pytest.mark.parametrize(
     ("reserve", "small", "least"),
-    [("0", "0.001", "0.01"), ("2", "2", "2.01"), ("2", "0.5", "2.01")],
-    ids=["no room for the gates", "none for a picture's work", "none for either"],
+    [("0", "0.001", "0.01"), ("2", "2", "2.01")],
+    ids=["no room for the gates", "none for a picture's work"],
 )
 def test_the_least_budget_is_named_and_works(models: Stack, reserve: str, small: str, least: str) -> None:
     """A budget that is too small ends the start; the one that is named serves a picture."""
