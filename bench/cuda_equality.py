@@ -27,6 +27,7 @@ from diffusers import DiffusionPipeline
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT)]
 
+from services.sampler.budget import Budget
 from services.sampler.model import AttachedModel
 from services.sampler.requests import ImageRequest
 from services.sampler.ring import Ring
@@ -151,7 +152,7 @@ def compare_output(stack: Stack, pipeline: Any, name: str, output: str) -> None:
     with torch.inference_mode():
         say("plain, inference mode", plain(pipeline, name, output), reference)
     for keep in (True, False):
-        with attached(stack, name, Ring(DEVICE, 8 << 30, keep_residents=keep)) as model:
+        with attached(stack, name, Ring(DEVICE, Budget(8 << 30), keep_residents=keep)) as model:
             with traced(model.pipeline) as trace:
                 drawn = under_baton(model.engine, functools.partial(draw, model, name, output))
             say(f"engine, {'resident' if keep else 'streamed'}", drawn, reference)

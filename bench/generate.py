@@ -5,7 +5,8 @@
 
 The first measures two pictures: on demand from a cold page cache, then after an eager load; with the peak of the
 sampler's device memory as the driver counts it, and the same pictures from plain diffusers, resident and with group
-offload. The second goes through VRAM budgets, in GiB: what is refused and why, else the step time and the peak.
+offload. The second goes through VRAM budgets, in GiB: what is refused and why, else the step time and the peak; and
+through the least budget that a refusal named.
 Prompts of timed requests are new to the sampler, so that the text encoder's sweep is in each figure but `same_prompt`.
 """
 
@@ -16,6 +17,7 @@ import itertools
 import json
 import mmap
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -237,27 +239,38 @@ def two_pictures(folder: Path, job: Job, options: argparse.Namespace, device: to
 
 
 def budgets(folder: Path, job: Job, options: argparse.Namespace, device: torch.device) -> list[Figures]:
-    """A row for each budget."""
-    rows = []
+    """A row for each budget, and for the least that a refusal named."""
     with served(folder, "budgets", options.logs) as stack:
         stack.loader("--eager-load", extent_bytes=options.extent_bytes)
-        for budget in sorted(options.budgets, key=lambda b: float(b) or float("inf")):
-            watch = Watch(device)
-            row: Figures = {"max_vram_gib": budget, "refused": "", "step_s": None, "two_pictures_s": None}
-            try:
-                sampler = start_sampler(stack, device, options.tiny, *flags(budget))
-            except AssertionError as error:  # it ended, and this is its log
-                rows.append(row | {"refused": str(error).strip().splitlines()[-1]} | peak_figures(Peak(), budget))
-                continue
-            with watch.of(sampler.pid) as peak:
-                try:
-                    row |= at_budget(sampler.addresses[0], job)
-                except HeadwaterError as error:
-                    row["refused"] = str(error)
-            sampler.stop()
-            rows.append(row | peak_figures(peak, budget))
-            note("budget", rows[-1])
-    return rows
+        rows = [row_of(stack, budget, job, options, device) for budget in options.budgets]
+        named = {str(row["least_gib"]) for row in rows if row["least_gib"]} - set(options.budgets)
+        rows += [row_of(stack, budget, job, options, device) for budget in named]
+    return sorted(rows, key=lambda row: float(str(row["max_vram_gib"])) or float("inf"))
+
+
+def row_of(stack: Stack, budget: str, job: Job, options: argparse.Namespace, device: torch.device) -> Figures:
+    """What a sampler with this budget says at its start or to its first request, else its figures."""
+    watch = Watch(device)
+    row: Figures = {"max_vram_gib": budget, "refused": "", "least_gib": "", "step_s": None, "two_pictures_s": None}
+    try:
+        sampler = start_sampler(stack, device, options.tiny, *flags(budget), "--attach", "z")
+    except AssertionError as error:  # it ended, and this is its log
+        return refused(row, str(error).strip().splitlines()[-1]) | peak_figures(Peak(), budget)
+    with watch.of(sampler.pid) as peak:
+        try:
+            row |= at_budget(sampler.addresses[0], job)
+        except HeadwaterError as error:
+            row = refused(row, str(error))
+    sampler.stop()
+    row |= peak_figures(peak, budget)
+    note("budget", row)
+    return row
+
+
+def refused(row: Figures, reason: str) -> Figures:
+    """The row with the reason and the least budget that it names, if any."""
+    least = re.search(r"--max-vram ([0-9.]+) is the least", reason)
+    return row | {"refused": reason, "least_gib": least[1] if least else ""}
 
 
 def budget_claims(rows: list[Figures]) -> Figures:
@@ -267,6 +280,7 @@ def budget_claims(rows: list[Figures]) -> Figures:
         "never_exceeded": all(row["within_budget"] is not False for row in rows),
         "step_never_grows": all(more <= NOISE * less for less, more in itertools.pairwise(steps)),
         "refused": [row["max_vram_gib"] for row in rows if row["refused"]],
+        "least_works": not {row["max_vram_gib"] for row in rows if row["refused"]} & {row["least_gib"] for row in rows},
     }
 
 

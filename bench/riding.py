@@ -19,6 +19,7 @@ from bench import checkpoint
 from bench.common import seconds
 from services.sampler import compiling
 from services.sampler.blocks import Speedup
+from services.sampler.budget import Budget
 from services.sampler.compiler import Compiler
 from services.sampler.driver import Driver
 from services.sampler.engine import Engine
@@ -196,7 +197,7 @@ def all_at_once(model: AttachedModel, passages: Sequence[Passage[T]]) -> list[T]
 def new_ring(device: torch.device, budget_bytes: int | None = UNLIMITED, kind: type[Ring] = Ring) -> Ring:
     """The transfer under a budget for params; None: nothing stays on the device."""
     registrar = Registrar(device, Driver()) if device.type == "cuda" else None
-    return kind(device, budget_bytes or UNLIMITED, keep_residents=budget_bytes is not None, registrar=registrar)
+    return kind(device, Budget(budget_bytes or UNLIMITED), keep_residents=budget_bytes is not None, registrar=registrar)
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,10 @@ class Stack:
         until: str = "loader connected",
         module: str = "services.sampler",
     ) -> Process:
-        """A sampler on a Unix socket (addresses[0]) and a TCP port (addresses[1]), once its log says `until`."""
+        """A sampler on a Unix socket (addresses[0]) and a TCP port (addresses[1]), once its log says `until`.
+
+        One that does not serve by then has no addresses yet.
+        """
         socket = f"unix:{self.memory}/sampler{len(self.processes)}.sock"
         device = () if "--device" in flags else ("--device", "cpu")
         process = self._start(
@@ -89,7 +92,7 @@ class Stack:
             "--gate-limit", str(gate_limit), "--grace", "5", *device, *flags,
         )  # fmt: skip
         log = process.wait_for(until)
-        process.addresses = re.findall(r"'([^']*)'", log.split("addresses=")[1].split("]")[0])
+        process.addresses = re.findall(r"'([^']*)'", log.partition("addresses=")[2].split("]")[0])
         return process
 
     def _start(self, module: str, *arguments: str) -> Process:

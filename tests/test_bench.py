@@ -163,10 +163,12 @@ def test_generate(folder: Path, run: Any) -> None:
 
 def test_budgets(folder: Path, run: Any) -> None:
     figures = run("generate", "--folder", folder, "--budgets", "0", "2")
-    assert [row["max_vram_gib"] for row in figures["budgets"]] == ["2", "0"]
+    refused, least, unlimited = figures["budgets"]
+    assert refused["least_gib"] == least["max_vram_gib"] == "2.01"  # 2 are for work
     assert figures["never_exceeded"] is True
-    assert figures["refused"] == []
-    for row in figures["budgets"]:
+    assert figures["refused"] == ["2"]
+    assert figures["least_works"] is True
+    for row in (least, unlimited):
         assert row["two_pictures_s"] > 0
 
 

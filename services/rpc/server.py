@@ -7,9 +7,10 @@ import os
 import signal
 import socket
 import stat
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import grpc
 import structlog
@@ -28,6 +29,7 @@ __all__ = [
     "bind",
     "build_server",
     "run_until_signal",
+    "unless_signalled",
 ]
 
 MAX_RECEIVE_BYTES = 4 << 20
@@ -128,6 +130,21 @@ async def run_until_signal(
         with suppress(asyncio.CancelledError):
             await drain
     release(address)
+
+
+async def unless_signalled(work: Coroutine[Any, Any, object]) -> bool:
+    """Do what comes before serving; False if SIGTERM or SIGINT came, which cancels it. Raises what it raises."""
+    task, signals = asyncio.ensure_future(work), asyncio.Event()
+
+    def signalled() -> None:
+        signals.set()
+        task.cancel()
+
+    with _handling(signalled):
+        await asyncio.wait({task})
+    if not task.cancelled():
+        task.result()
+    return not signals.is_set()
 
 
 def release(address: str) -> None:

@@ -26,6 +26,7 @@ class Config:
     loader: str
     listen: tuple[str, ...]
     arena_dir: Path
+    attach: tuple[str, ...]
     device: str
     max_vram_gib: float
     stream_layers: bool
@@ -48,7 +49,7 @@ class Config:
 def parse_args(argv: Sequence[str] | None = None) -> Config:
     """The configuration of a command line; argparse exits by itself for a wrong flag."""
     args = vars(_parser().parse_args(argv))
-    return Config(listen=tuple(args.pop("listen")), **args)
+    return Config(listen=tuple(args.pop("listen")), attach=tuple(args.pop("attach")), **args)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -61,6 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--listen", required=True, action="append", metavar="ADDRESS", help="unix:/path or host:port; may be repeated")
     add("--arena-dir", type=Path, default=Path("/dev/shm/headwater"),
         help="the loader's folder (default: %(default)s)")  # fmt: skip
+    add("--attach", action="append", default=[], metavar="MODEL",
+        help="attach this model before serving, or say why it cannot be; may be repeated "
+        "(default: each when it is first asked for)")  # fmt: skip
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     add("--max-vram", type=float, dest="max_vram_gib", default=-1.0, metavar="GIB",
         help="VRAM budget; negative: what is free less that; 0: all that is free (default: %(default)s)")  # fmt: skip
@@ -87,7 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--name", default=socket.gethostname(), help="name of this replica (default: the host's)")
     add("--grace", type=float, dest="grace_s", default=30.0, metavar="S", help="seconds that running calls get at stop")
     add("--metrics", default="", metavar="HOST:PORT", help="serve Prometheus metrics there (default: nowhere)")
-    add("--test-ring", action="store_true", help="on a CPU: copy params through slots filled with NaN when left")
+    add("--test-ring", action="store_true",
+        help="on a CPU: copy params through slots filled with NaN when left, within a --max-vram above 0")  # fmt: skip
     add("--log-format", choices=LOG_FORMATS, default="text")
     add("--log-level", choices=LOG_LEVELS, default="info")
     return parser

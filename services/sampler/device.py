@@ -6,15 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
+from services.sampler.budget import GIB, UNLIMITED_BYTES, Budget, budget_bytes
 from services.sampler.config import Config, ConfigError
 from services.sampler.driver import Driver
-from services.sampler.graphs import LIMIT_BYTES, LIMIT_SHARE, CudaRecorder, Graphs
+from services.sampler.graphs import CudaRecorder, Graphs
 from services.sampler.registration import Registrar, Way
 from services.sampler.ring import Ring
 from services.sampler.transfer import ArenaViews, Transfer
-from services.sampler.vram import Allowance, Vram
-
-GIB = 1 << 30
+from services.sampler.vram import Outside, Vram
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +22,7 @@ class DeviceFacts:
 
     device: torch.device
     name: str
-    budget_bytes: int  # 0 on a CPU
+    budget_bytes: int  # 0: none
     graph_bytes: int = 0  # of the budget, for CUDA graphs
     vram: Vram | None = None  # None on a CPU
 
@@ -37,43 +36,36 @@ def open_device(config: Config) -> tuple[Transfer, DeviceFacts]:
     device = resolve_device(config.device)
     if device.type == "cpu":
         if config.test_ring:
-            ring = Ring(device, 1 << 62, keep_residents=False, poison=True)
-            return ring, DeviceFacts(device, "CPU, poisoned ring", 0)
+            total = round(max(config.max_vram_gib, 0) * GIB)
+            ring = Ring(device, Budget(total or UNLIMITED_BYTES), keep_residents=False, poison=True)
+            return ring, DeviceFacts(device, "CPU, poisoned ring", total)
         return ArenaViews(), DeviceFacts(device, "CPU", 0)
     vram = Vram(device)
     torch.cuda.set_device(device)
     free, total = torch.cuda.mem_get_info(device)
-    budget = budget_bytes(config.max_vram_gib, free)
-    allowance = Allowance(
-        budget,
-        vram.outside_bytes,
-        lambda allowed: torch.cuda.set_per_process_memory_fraction(min(1.0, max(0, allowed) / total), device),
-    )
-    own = allowance.look()
-    if own <= 0:
-        least = (budget - own) / GIB
+    total_bytes = budget_bytes(config.max_vram_gib, free)
+    outside = Outside(vram.outside_bytes)
+
+    def budget_now() -> Budget:
+        budget = Budget(total_bytes, outside.look(), config.cuda_graphs, free)
+        # The allocator's own limit makes the budget a hard one, whatever our plan says.
+        torch.cuda.set_per_process_memory_fraction(min(max(0.0, budget.own_bytes / total), 1.0), device)
+        return budget
+
+    budget = budget_now()
+    if budget.own_bytes <= 0 and not config.attach:  # else attaching is refused with what the model needs as well
+        least = budget.outside_bytes / GIB
         raise ConfigError(f"--max-vram {config.max_vram_gib:g}: CUDA alone takes {least:.2f} GiB; allow more than that")
     registrar = Registrar(device, Driver(), Way[config.page_lock.upper().replace("-", "_")])
-    reserve = round(config.work_reserve_gib * GIB)
-    for_graphs = min(LIMIT_BYTES, own // LIMIT_SHARE) if config.cuda_graphs else 0
-    ring = Ring(
-        device, own - for_graphs, reserve, config.stream_layers, registrar=registrar,
-        budget_now=lambda: allowance.look() - for_graphs,
-    )  # fmt: skip
-    return ring, DeviceFacts(device, torch.cuda.get_device_name(device), budget, for_graphs, vram)
+    ring = Ring(device, budget, config.stream_layers, registrar=registrar, budget_now=budget_now)
+    name = torch.cuda.get_device_name(device)
+    return ring, DeviceFacts(device, name, budget.total_bytes, budget.graph_bytes, vram)
 
 
 def open_graphs(facts: DeviceFacts) -> Graphs | None:
     """Graphs of blocks in the part of the budget that is theirs."""
     device = facts.device
     return Graphs(device, CudaRecorder(device), facts.graph_bytes) if facts.graph_bytes else None
-
-
-def budget_bytes(max_vram_gib: float, free_bytes: int) -> int:
-    """`--max-vram` as stable-diffusion.cpp means it: GiB; negative: what is free less that; 0: all that is free."""
-    if max_vram_gib > 0:
-        return min(round(max_vram_gib * GIB), free_bytes)
-    return free_bytes + round(max_vram_gib * GIB)
 
 
 def resolve_device(name: str) -> torch.device:

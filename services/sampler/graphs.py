@@ -27,14 +27,11 @@ import torch
 from torch._C import _cuda_endAllocateToPool, _cuda_releasePool
 
 from services.sampler.blocks import Block
+from services.sampler.budget import GRAPHS_BYTES
 from services.sampler.faults import is_memory_full
 from services.sampler.signatures import Signature, map_tensors, signature, span_bytes, tensors_in
 from services.sampler.slots import place_view
 
-# A picture of 1024x688 of Z-Image takes some 300 MB; larger ones are not bound by launches.
-LIMIT_BYTES = 512 << 20
-# Part of a small budget.
-LIMIT_SHARE = 16
 GRAPH_LIMIT = 1024
 # Layouts of arguments that are remembered; callers choose sizes, so there may be any number.
 LAYOUT_LIMIT = 1024
@@ -180,7 +177,7 @@ class Graphs:
         self,
         device: torch.device,
         recorder: Recorder,
-        limit_bytes: int = LIMIT_BYTES,
+        limit_bytes: int = GRAPHS_BYTES,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.limit_bytes = limit_bytes

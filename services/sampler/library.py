@@ -1,4 +1,4 @@
-"""The models of one loader as this sampler has them: attached on first use, filled in the background, let go at stop.
+"""The models of one loader as this sampler has them: attached at start or on first use, let go at stop.
 
 An attached model whose params are all READY needs no loader any more. One that is still being filled waits for the
 loader to come back; if it comes back with other arenas, waiting riders fail and the next request attaches anew.
@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import structlog
 
-from services.errors import HeadwaterError, InvalidRequest, LoaderGone
+from services.errors import HeadwaterError, InvalidRequest, LoaderGone, ShuttingDown
 from services.params.arena import AttachedArena, attach
 from services.rpc.loader_client import LoaderClient, LoaderModel, PrepareNews
 from services.sampler.binding import BoundComponent, build_pipeline
@@ -22,7 +22,9 @@ from services.sampler.blocks import Speedup
 from services.sampler.engine import Engine
 from services.sampler.model import AttachedModel
 from services.sampler.riders import Rider
-from services.sampler.traits import traits_of
+from services.sampler.traits import Traits, traits_of
+from services.sampler.work import Kind
+from services.sampler.workspace import Workspace
 
 RETRY_S = 0.5
 
@@ -37,6 +39,7 @@ class Library:
         self,
         loader: LoaderClient,
         engine: Engine,
+        workspace: Workspace,
         arena_dir: Path,
         gate_limit_bytes: int,
         replica: str,
@@ -46,6 +49,7 @@ class Library:
         self.loader_connected = False
         self._loader = loader
         self._engine = engine
+        self._workspace = workspace
         self._arena_dir = arena_dir
         self._gate_limit_bytes = gate_limit_bytes
         self._replica = replica
@@ -126,6 +130,18 @@ class Library:
             task.add_done_callback(lambda _: self._attaching.pop(name))
         return await asyncio.shield(self._attaching[name])
 
+    async def attach_patiently(self, name: str) -> AttachedModel:
+        """As `attach`, but waits for a loader that does not answer."""
+        told = False
+        while True:
+            try:
+                return await self.attach(name)
+            except (LoaderGone, ShuttingDown) as error:
+                if not told:
+                    log.warning("waiting for the loader", model=name, reason=str(error))
+                    told = True
+            await asyncio.sleep(RETRY_S)
+
     async def prepare(self, name: str) -> AsyncGenerator[PrepareNews, None]:
         """Attach, then the loader's news until all params are READY."""
         model = await self.attach(name)
@@ -176,11 +192,16 @@ class Library:
                 pass
             built, components = await self.on_baton(pipeline)
         traits = traits_of(built, config)
-        return await self.on_baton(
-            lambda: AttachedModel(
-                name, built, components, self._engine, traits, self._gate_limit_bytes, self._speedups, config
+        pictures = [default_kind(m.name, m.traits) for m in self.attached.values()]
+        pictures.append(default_kind(name, traits))
+
+        def attached() -> AttachedModel:
+            work = self._workspace.least_bytes(pictures)
+            return AttachedModel(
+                name, built, components, self._engine, traits, self._gate_limit_bytes, self._speedups, config, work
             )
-        )
+
+        return await self.on_baton(attached)
 
     async def _follow(self, model: AttachedModel) -> None:
         """Ask for the model's extents in the order of need and wake riders as they come, until all are READY."""
@@ -232,6 +253,10 @@ class Library:
 
         self._engine.ride(Rider(lambda rider: work(), settle_soon))
         return await done
+
+
+def default_kind(name: str, traits: Traits) -> Kind:
+    return Kind(name, traits.width_px, traits.height_px)
 
 
 def is_mapped(model: AttachedModel, news: PrepareNews) -> bool:

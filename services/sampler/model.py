@@ -46,6 +46,7 @@ class AttachedModel:
         gate_limit: int,
         speedups: Sequence[Speedup] = (),
         config: Path = Path(),
+        work_bytes: int = 0,
     ) -> None:
         self.name = name
         self.pipeline = pipeline
@@ -61,7 +62,7 @@ class AttachedModel:
             self._gate_component(component, gate_limit)
         self._view_class = view_class(type(pipeline), engine.transfer.device)
         engine.settle()
-        engine.transfer.attach(self.gates)
+        engine.transfer.attach(self.gates, work_bytes)
         for component in components:
             self._move_rest(component)
         if speedups:

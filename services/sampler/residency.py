@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -26,6 +26,11 @@ class Sized(Hashable, Protocol):
         """How often a request passes it, roughly."""
         ...
 
+    @property
+    def pinned(self) -> bool:
+        """Whether it has to stay."""
+        ...
+
 
 G = TypeVar("G", bound=Sized)
 
@@ -46,13 +51,13 @@ class SlotPlan:
 class Plan(Generic[G]):
     """Who stays, and the slots of the others: small gates' first."""
 
-    residents: frozenset[G]
+    residents: Set[G]
     small: SlotPlan
     large: SlotPlan
 
     @property
     def size_bytes(self) -> int:
-        return sum(g.size_bytes for g in self.residents) + self.small.size_bytes + self.large.size_bytes
+        return total_bytes([*self.residents, self.small, self.large])
 
 
 def plan(
@@ -60,19 +65,40 @@ def plan(
 ) -> Plan[G]:
     """Hold `gates` within the room: all of them, or slots and as many residents as fit beside these.
 
-    gates: in the order of the sweep; slot_counts: to be tried in turn. Raises DeviceMemoryFull with what is missing.
+    gates: in the order of the sweep; slot_counts: to be tried in turn. Raises DeviceMemoryFull if the room is less than
+    `least_room`.
     """
-    if keep_residents and sum(g.size_bytes for g in gates) <= room_bytes:
-        return Plan(frozenset(gates), SlotPlan(0, 0), SlotPlan(0, 0))
+    if keep_residents and total_bytes(gates) <= room_bytes:
+        return Plan(set(gates), SlotPlan(0, 0), SlotPlan(0, 0))
+    pinned, others = told_apart(gates)
     for slot_count in slot_counts:
-        small, large = plan_slots(gates, slot_count)
-        left = room_bytes - small.size_bytes - large.size_bytes
+        small, large = plan_slots(others, slot_count)
+        left = room_bytes - total_bytes([*pinned, small, large])
         if left >= 0:
-            return Plan(frozenset(plan_residents(gates, left) if keep_residents else ()), small, large)
-    missing = -left
-    raise DeviceMemoryFull(
-        f"the VRAM budget is {missing / 2**30:.2f} GiB short of what this model needs at least: raise --max-vram by it"
-    )
+            more = plan_residents(others, left) if keep_residents else set[G]()
+            return Plan(more.union(pinned), small, large)
+    least = least_room(gates, keep_residents, slot_counts)
+    raise DeviceMemoryFull(f"{room_bytes} bytes are too few for the gates: {least} are needed")
+
+
+def least_room(gates: Sequence[G], keep_residents: bool = True, slot_counts: Sequence[int] = SLOT_COUNTS) -> int:
+    """Bytes of the smallest room in which `plan` holds the gates."""
+    pinned, others = told_apart(gates)
+    streaming = total_bytes([*pinned, *plan_slots(others, min(slot_counts))])
+    return min(streaming, total_bytes(gates)) if keep_residents else streaming
+
+
+def told_apart(gates: Iterable[G]) -> tuple[list[G], list[G]]:
+    """Those that are pinned, and the others."""
+    pinned: list[G] = []
+    others: list[G] = []
+    for gate in gates:
+        (pinned if gate.pinned else others).append(gate)
+    return pinned, others
+
+
+def total_bytes(items: Iterable[Sized | SlotPlan]) -> int:
+    return sum(item.size_bytes for item in items)
 
 
 def plan_slots(gates: Sequence[G], slot_count: int) -> tuple[SlotPlan, SlotPlan]:

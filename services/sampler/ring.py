@@ -12,9 +12,10 @@ import torch
 
 from services.errors import DeviceMemoryFull
 from services.params.arena import AttachedArena
+from services.sampler.budget import Budget
 from services.sampler.gates import Absent, Gate, arena_bytes
 from services.sampler.registration import CHUNK_BYTES, Registrar, Way
-from services.sampler.residency import SLOT_COUNTS, Plan, is_small, plan, plan_slots
+from services.sampler.residency import SLOT_COUNTS, Plan, is_small, least_room, plan
 from services.sampler.slots import Slot, SlotRing, new_slot
 from services.sampler.staging import Staging
 
@@ -34,23 +35,22 @@ class Ring:
     def __init__(
         self,
         device: torch.device,
-        budget_bytes: int,
-        reserve_bytes: int = 0,
+        budget: Budget,
         keep_residents: bool = True,
         slot_counts: Sequence[int] = SLOT_COUNTS,
         poison: bool = False,
         registrar: Registrar | None = None,
-        budget_now: Callable[[], int] | None = None,
+        budget_now: Callable[[], Budget] | None = None,
     ) -> None:
         self.device = device
-        self.budget_bytes = budget_bytes  # of params and work
-        self.reserve_bytes = reserve_bytes  # of it for work: activations and what riders keep between gates
+        self.reserve_bytes = 0  # of the budget for work: activations and what riders keep between gates
         self.streamed_bytes = 0
+        self._budget = budget
         self._keep_residents = keep_residents
         self._poison = poison
         self._slot_counts = slot_counts
         self._registrar = registrar
-        self._budget_now = budget_now or (lambda: budget_bytes)
+        self._budget_now = budget_now or (lambda: budget)
         self._copies = new_stream(device) if device.type == "cuda" else None
         self._staging: Staging | None = None
         self._small, self._large = SlotRing(), SlotRing()
@@ -74,9 +74,7 @@ class Ring:
 
     @property
     def work_limit_bytes(self) -> int:
-        streamed = [g for g in self._gates if not g.pinned]
-        slots = sum(p.size_bytes for p in plan_slots(streamed, min(self._slot_counts)))
-        return self.budget_bytes - slots - sum(g.size_bytes for g in self._gates if g.pinned)
+        return self._work_limit(self._gates)
 
     def is_registered(self) -> bool:
         """Whether all that can be page-locked is."""
@@ -88,12 +86,13 @@ class Ring:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
 
-    def attach(self, gates: Sequence[Gate]) -> None:
-        """Take a model's gates on: size the ring, plan who stays, unbind params. No gate may be open.
+    def attach(self, gates: Sequence[Gate], work_bytes: int = 0) -> None:
+        """Take a model's gates on: size the ring, plan who stays, unbind params.
 
-        Raises DeviceMemoryFull, with everything as it was.
+        Work that has more room than `work_bytes` gives back what the slots need. If refused, everything is as it was.
         """
-        self._hold([*self._gates, *(g for g in gates if not g.host)])
+        held = [*self._gates, *(g for g in gates if not g.host)]
+        self._hold(held, max(work_bytes, min(self.reserve_bytes, self._work_limit(held))))
         for gate in gates:
             self._unbind(gate)
             if gate.host:
@@ -121,11 +120,10 @@ class Ring:
     def reserve(self, work_bytes: int) -> None:
         if work_bytes != self.reserve_bytes:
             self._hold(self._gates, work_bytes)
-            self.reserve_bytes = work_bytes
 
     def review_budget(self) -> None:
-        before, self.budget_bytes = self.budget_bytes, self._budget_now()
-        if before != self.budget_bytes:
+        before, self._budget = self._budget, self._budget_now()
+        if before != self._budget:
             try:
                 self._hold(self._gates)
             except DeviceMemoryFull as error:  # whoever asks for work next hears of it
@@ -141,17 +139,21 @@ class Ring:
 
     def _hold(self, gates: list[Gate], reserve_bytes: int | None = None, keep_residents: bool | None = None) -> None:
         """Hold `gates` as `plan` says for what the work leaves of the budget. Raises DeviceMemoryFull first of all."""
-        pinned = [g for g in gates if g.pinned]
-        streamed = [g for g in gates if not g.pinned]
         reserve = self.reserve_bytes if reserve_bytes is None else reserve_bytes
         keep = self._keep_residents if keep_residents is None else keep_residents
-        room = self.budget_bytes - reserve - sum(g.size_bytes for g in pinned)
-        planned = plan(streamed, room, keep, self._slot_counts)
-        self._gates = gates
+        try:
+            planned = plan(gates, self._budget.ring_bytes - reserve, keep, self._slot_counts)
+        except DeviceMemoryFull as error:
+            raise self._budget.too_small(least_room(gates, keep, self._slot_counts), reserve) from error
+        self._gates, self.reserve_bytes = gates, reserve
         self._largest_bytes = planned.large.slot_bytes
-        self._settle(planned, {*planned.residents, *pinned})
+        self._settle(planned)
 
-    def _settle(self, planned: Plan[Gate], residents: set[Gate]) -> None:
+    def _work_limit(self, gates: list[Gate]) -> int:
+        return self._budget.ring_bytes - least_room(gates, self._keep_residents, self._slot_counts)
+
+    def _settle(self, planned: Plan[Gate]) -> None:
+        residents = planned.residents
         slots = self._small.size_bytes + self._large.size_bytes
         if residents == self._residents.keys() and slots == planned.small.size_bytes + planned.large.size_bytes:
             return

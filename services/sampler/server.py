@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 
 import grpc
 import structlog
 from headwater.sampler.v1 import sampler_pb2_grpc
 
-from services.errors import UnsupportedModel
+from services.errors import DeviceGone, HeadwaterError, UnsupportedModel
 from services.rpc.loader_client import LoaderClient
 from services.rpc.metrics import serving_metrics
 from services.rpc.server import (
@@ -23,13 +23,15 @@ from services.rpc.server import (
     build_server,
     release,
     run_until_signal,
+    unless_signalled,
 )
 from services.sampler import compiling
 from services.sampler.admission import Admission
 from services.sampler.binding import check_libraries
+from services.sampler.budget import GIB
 from services.sampler.compiler import Compiler
 from services.sampler.config import Config, ConfigError
-from services.sampler.device import GIB, open_device, open_graphs
+from services.sampler.device import open_device, open_graphs
 from services.sampler.engine import Engine
 from services.sampler.helper import Helper
 from services.sampler.library import Library
@@ -61,15 +63,19 @@ async def serve(config: Config) -> None:
             with open_compiler(config, engine) as compiler:
                 graphs = open_graphs(facts)
                 speedups = [speedup for speedup in (compiler, graphs) if speedup is not None]
-                library = Library(loader, engine, config.arena_dir, config.gate_limit_bytes, config.name, speedups)
                 workspace = Workspace(engine, WorkMemory(round(config.work_reserve_gib * GIB)), graphs)
+                library = Library(
+                    loader, engine, workspace, config.arena_dir, config.gate_limit_bytes, config.name, speedups
+                )
                 sampler = Sampler(library, engine, workspace, Admission(config.rider_limit, config.queue_limit))
                 service = SamplerService(sampler, config.name, facts, config.numerics)
                 sampler_pb2_grpc.add_SamplerServiceServicer_to_server(service, server)
-                log.info("serving", addresses=addresses, device=str(facts.device), transfer=transfer.way,
-                         budget_bytes=facts.budget_bytes, numerics=config.numerics.value)  # fmt: skip
                 with serving_metrics(config.metrics, lambda: numbers(sampler, facts, graphs)):
-                    await run(server, sampler, service, config.grace_s)
+                    async with letting_go(sampler):
+                        if await unless_signalled(attach_first(library, config.attach)):
+                            log.info("serving", addresses=addresses, device=str(facts.device), transfer=transfer.way,
+                                     budget_bytes=facts.budget_bytes, numerics=config.numerics.value)  # fmt: skip
+                            await run(server, sampler, service, config.grace_s)
     finally:
         for address in addresses:
             release(address)
@@ -90,6 +96,27 @@ def open_compiler(config: Config, engine: Engine) -> Iterator[Compiler | None]:
         yield compiler
 
 
+@asynccontextmanager
+async def letting_go(sampler: Sampler) -> AsyncGenerator[None, None]:
+    """Detach the models at the end of the block, if the device is not lost."""
+    try:
+        yield
+    finally:
+        if sampler.engine.gone is None:  # else nothing can be let go in order: the kernel will
+            await sampler.close()
+
+
+async def attach_first(library: Library, names: Sequence[str]) -> None:
+    """Attach models before anything is served. Raises ConfigError saying what the operator has to mend, DeviceGone."""
+    for name in names:
+        try:
+            await library.attach_patiently(name)
+        except DeviceGone:
+            raise
+        except HeadwaterError as error:
+            raise ConfigError(f"--attach {name}: {error}") from error
+
+
 async def run(server: grpc.aio.Server, sampler: Sampler, service: SamplerService, grace_s: float) -> None:
     """Serve; healthy while the loader answers or a model is attached that needs it no more.
 
@@ -101,6 +128,8 @@ async def run(server: grpc.aio.Server, sampler: Sampler, service: SamplerService
     sampler.engine.on_gone = lambda: loop.call_soon_threadsafe(stopped.set)
     await server.start()
     await health.set("", SERVING)
+    if sampler.library.attached:
+        await health.set(SERVICE, SERVING)
     watch = asyncio.create_task(sampler.library.watch(lambda connected: show_health(health, sampler, connected)))
     try:
         await run_until_signal(server, health, grace_s, service.drain, stopped=stopped)
@@ -108,8 +137,6 @@ async def run(server: grpc.aio.Server, sampler: Sampler, service: SamplerService
         watch.cancel()
         with suppress(asyncio.CancelledError):
             await watch
-        if sampler.engine.gone is None:  # else nothing can be let go in order: the kernel will
-            await sampler.close()
     if sampler.engine.gone is not None:
         raise sampler.engine.gone
 

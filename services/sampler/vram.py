@@ -50,25 +50,17 @@ class Vram:
         return self.process_bytes() - torch.cuda.memory_reserved(self._device)
 
 
-class Allowance:
-    """What torch may allocate of a budget: all but what the process takes beside it, now and soon.
+class Outside:
+    """What a process takes of its device beside torch's allocations, now and soon; `outside` says what it takes now."""
 
-    outside: what it takes beside torch's allocations, bytes. limit: makes the allocator refuse more than so many, so
-    that the budget holds whatever the plan says.
-    """
-
-    def __init__(self, budget_bytes: int, outside: Callable[[], int], limit: Callable[[int], object]) -> None:
-        self._budget_bytes = budget_bytes
+    def __init__(self, outside: Callable[[], int]) -> None:
         self._outside = outside
-        self._limit = limit
         self._first_bytes = outside() + FIRST_BYTES
 
     def look(self) -> int:
-        """Bytes for torch, as things are; in steps, so that plans do not change with every kernel that is loaded."""
-        outside = max(self._first_bytes, self._outside() + LATER_BYTES)
-        allowed = (self._budget_bytes - outside) // STEP_BYTES * STEP_BYTES
-        self._limit(allowed)
-        return allowed
+        """Bytes; in steps, so that plans do not change with every kernel that is loaded."""
+        expected = max(self._first_bytes, self._outside() + LATER_BYTES)
+        return -(-expected // STEP_BYTES) * STEP_BYTES
 
 
 def warm_up(device: torch.device) -> None:

@@ -62,6 +62,10 @@ class WorkMemory:
         nearest = min(of_model, key=lambda k: abs(k.area_px - kind.area_px))
         return self._seen[nearest].scaled(MARGIN * max(1.0, kind.area_px / nearest.area_px))
 
+    def least_bytes(self, kinds: Iterable[Kind]) -> int:
+        """What one picture of any of these kinds needs, and no less than the guess, which is all that a start knows."""
+        return max([self._guess.peak_bytes, *(self.need(kind).peak_bytes for kind in kinds)])
+
     def room_bytes(self, kinds: Iterable[Kind]) -> int:
         """What pictures of these kinds need together: one of them runs at a time."""
         needs = [self.need(kind) for kind in kinds]

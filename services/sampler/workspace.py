@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -84,6 +84,10 @@ class Workspace:
                 self._engine.transfer.review_budget()
         finally:
             self._working.remove(kind)
+
+    def least_bytes(self, kinds: Iterable[Kind]) -> int:
+        """Room to leave when a model is attached: for those at work, and for a picture of any of `kinds` alone."""
+        return max(self._memory.least_bytes(kinds), self._memory.room_bytes(self._working))
 
     def make_way(self) -> bool:
         """Memory was short in spite of the plan: keep no graphs and no residents. False if there were no residents."""

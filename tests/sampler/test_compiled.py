@@ -19,6 +19,7 @@ from torch._dynamo.utils import counters
 
 from services.errors import UnsupportedModel
 from services.sampler import compiling
+from services.sampler.budget import Budget
 from services.sampler.compiler import Compiler
 from services.sampler.drawing import Drawing
 from services.sampler.engine import Engine
@@ -141,7 +142,7 @@ def test_one_program_for_all_blocks_of_a_kind(stack: Stack, compiler_of: Compile
     """Blocks share programs whatever slot their params are in and whoever drew before, and all come from the cache."""
     counters.clear()
     for keep in (False, True):
-        ring = Ring(torch.device("cpu"), 1 << 40, keep_residents=keep)
+        ring = Ring(torch.device("cpu"), Budget(1 << 40), keep_residents=keep)
         with attached(stack, "tiny", ring, GATE_LIMIT, compiler_of) as model:
             assert [draw_here(model, index) for index in range(4)] == together
 

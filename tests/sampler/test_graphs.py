@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from services.sampler.blocks import Block, describe
+from services.sampler.budget import Budget
 from services.sampler.drawing import Drawing
 from services.sampler.engine import Engine
 from services.sampler.gates import Gate
@@ -58,9 +59,9 @@ def pictures(stack: Stack, ring: Ring, *graphs: Graphs) -> list[str]:
 def test_streamed_pictures_are_the_same(stack: Stack) -> None:
     """Six blocks through three slots that are poisoned when left: a graph for each slot serves all of a kind."""
     graphs = Graphs(CPU, TapeRecorder())
-    found = pictures(stack, Ring(CPU, 1 << 40, keep_residents=False, poison=True), graphs)
+    found = pictures(stack, Ring(CPU, Budget(1 << 40), keep_residents=False, poison=True), graphs)
 
-    assert found == pictures(stack, Ring(CPU, 1 << 40, keep_residents=False, poison=True))
+    assert found == pictures(stack, Ring(CPU, Budget(1 << 40), keep_residents=False, poison=True))
     # 4 pictures of 4 steps through 6 blocks, without those that were met first or recorded.
     assert graphs.replay_count > 60
     # Two sizes, three kinds of blocks (before the join, the prompt's, after it), three slots.
@@ -70,7 +71,7 @@ def test_streamed_pictures_are_the_same(stack: Stack) -> None:
 def test_resident_pictures_are_the_same(stack: Stack) -> None:
     graphs = Graphs(CPU, TapeRecorder())
 
-    assert pictures(stack, Ring(CPU, 1 << 40), graphs) == pictures(stack, Ring(CPU, 1 << 40))
+    assert pictures(stack, Ring(CPU, Budget(1 << 40)), graphs) == pictures(stack, Ring(CPU, Budget(1 << 40)))
     assert graphs.replay_count > 60
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from services.sampler.budget import Budget
 from services.sampler.drawing import Drawing
 from services.sampler.model import AttachedModel
 from services.sampler.requests import ImageRequest
@@ -26,7 +27,7 @@ REQUEST = ImageRequest("z_image", "a red fox", "r", width_px=64, height_px=64, s
 @pytest.fixture(params=[True, False], ids=["poisoned slots", "unbound params"])
 def model(request: pytest.FixtureRequest, stack: Stack) -> Iterator[AttachedModel]:
     """Z-Image in this process, streamed through a ring of slots on the CPU."""
-    ring = Ring(torch.device("cpu"), 1 << 40, keep_residents=False, poison=request.param)
+    ring = Ring(torch.device("cpu"), Budget(1 << 40), keep_residents=False, poison=request.param)
     with attached(stack, "z_image", ring) as model:
         yield model
 

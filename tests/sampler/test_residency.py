@@ -6,11 +6,12 @@ import itertools
 from contextlib import suppress
 from dataclasses import dataclass
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from services.errors import DeviceMemoryFull
-from services.sampler.residency import plan, plan_residents
+from services.sampler.residency import least_room, plan, plan_residents
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Sized:
     number: int
     size_bytes: int
     passes: int = 1
+    pinned: bool = False
 
 
 @given(st.lists(st.integers(1, 1000), max_size=60), st.integers(0, 20_000))
@@ -56,6 +58,26 @@ def test_a_plan_fits_or_says_what_is_missing(sizes: list[tuple[int, int]], room:
         assert not streamed or planned.large.slot_count >= 2
         return
     assert room < 2 * max(g.size_bytes for g in gates) + 8 * max(g.size_bytes for g in gates) / 16
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 1000), st.booleans()), min_size=1, max_size=60),
+    st.booleans(),
+    st.permutations([2, 3, 4]),
+)
+def test_the_least_room_is_enough_and_a_byte_less_is_not(
+    sizes: list[tuple[int, bool]], keep: bool, slot_counts: list[int]
+) -> None:
+    """Whatever the gates: pinned ones stay, each of the others has a slot to go to."""
+    gates = [Sized(n, size, pinned=pinned) for n, (size, pinned) in enumerate(sizes)]
+    least = least_room(gates, keep, slot_counts)
+    planned = plan(gates, least, keep, slot_counts)
+
+    assert planned.size_bytes <= least
+    assert planned.residents >= {g for g in gates if g.pinned}
+    assert all(g.size_bytes <= planned.large.slot_bytes for g in gates if g not in planned.residents)
+    with pytest.raises(DeviceMemoryFull):
+        plan(gates, least - 1, keep, slot_counts)
 
 
 def test_what_is_passed_most_stays_first() -> None:

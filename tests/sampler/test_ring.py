@@ -6,6 +6,7 @@ import gc
 import random
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import nn
 
 from services.errors import DeviceMemoryFull
 from services.params.layout import Extent
+from services.sampler.budget import UNLIMITED_BYTES, Budget, budget_bytes
 from services.sampler.gates import BoundParam, Gate
 from services.sampler.ring import Ring, pieces_of
 
@@ -51,7 +53,7 @@ def holds_its_own(gate: Gate) -> bool:
 
 
 def ring(gates: list[Gate], budget_bytes: int = 1 << 20, **options: Any) -> Ring:
-    made = Ring(torch.device("cpu"), budget_bytes, **options)
+    made = Ring(torch.device("cpu"), Budget(budget_bytes), **options)
     made.attach(gates)
     return made
 
@@ -110,7 +112,7 @@ def test_the_budget_decides_who_stays(gates: list[Gate]) -> None:
     made = ring(gates, budget_bytes=6 * WEIGHTS * 4)
     assert sum(made.resident_bytes_of(g) for g in gates) == 3 * WEIGHTS * 4
     assert ring(gates, budget_bytes=2 * WEIGHTS * 4).held_bytes == 2 * WEIGHTS * 4
-    with pytest.raises(DeviceMemoryFull, match="raise --max-vram"):
+    with pytest.raises(DeviceMemoryFull, match=r"too small: --max-vram 0\.01 is the least that works"):
         ring(gates, budget_bytes=2 * WEIGHTS * 4 - 1)
 
 
@@ -136,13 +138,47 @@ def test_work_takes_the_place_of_residents(gates: list[Gate]) -> None:
 
 def test_a_budget_that_shrinks(gates: list[Gate]) -> None:
     """What the process takes elsewhere comes off the residents when the budget is looked at."""
-    budget = 6 * WEIGHTS * 4
+    budget = Budget(6 * WEIGHTS * 4)
     made = Ring(torch.device("cpu"), budget, slot_counts=(3, 2), budget_now=lambda: budget)
     made.attach(gates)
     assert sum(made.resident_bytes_of(g) for g in gates) == 3 * WEIGHTS * 4
-    budget -= WEIGHTS * 4
+    budget = replace(budget, outside_bytes=WEIGHTS * 4)
     made.review_budget()
     assert sum(made.resident_bytes_of(g) for g in gates) == 2 * WEIGHTS * 4
+
+
+def test_the_budget_that_a_refusal_names_works(gates: list[Gate]) -> None:
+    """With what CUDA takes, graphs, a pinned gate, and a picture's work, for which a smaller budget has no room."""
+    gates[0].pinned = True
+    work_bytes = 2 << 30
+
+    def attach(budget: Budget) -> None:
+        made = Ring(torch.device("cpu"), budget)
+        made.attach(gates, work_bytes)
+        assert made.reserve_bytes == work_bytes <= made.work_limit_bytes
+
+    small = Budget(work_bytes, 600 << 20, has_graphs=True)
+    with pytest.raises(DeviceMemoryFull) as refused:
+        attach(small)
+    named = str(refused.value).split("--max-vram ")[1].split()[0]
+    attach(replace(small, total_bytes=budget_bytes(float(named), UNLIMITED_BYTES)))
+    least = small.least_bytes(work_bytes + 3 * WEIGHTS * 4)
+    attach(replace(small, total_bytes=least))
+    with pytest.raises(DeviceMemoryFull):
+        attach(replace(small, total_bytes=least - 1))
+
+
+def test_work_makes_way_for_a_model(gates: list[Gate]) -> None:
+    """Room that pictures had once is given back as far as a new model needs it, not beyond what is asked for work."""
+    made = ring(gates[:1], budget_bytes=6 * WEIGHTS * 4)
+    made.reserve(5 * WEIGHTS * 4)
+    made.attach(gates[1:3], 4 * WEIGHTS * 4)
+    assert made.reserve_bytes == 4 * WEIGHTS * 4
+    with pytest.raises(DeviceMemoryFull):
+        made.attach(gates[3:], 5 * WEIGHTS * 4)
+    made.attach(gates[3:], WEIGHTS * 4)
+
+    assert made.reserve_bytes == 4 * WEIGHTS * 4
 
 
 def test_residents_make_way(gates: list[Gate]) -> None:

@@ -37,6 +37,16 @@ def test_a_size_not_seen_yet_is_scaled_by_area() -> None:
     assert work.need(Kind("b", 1024, 512)).peak_bytes == 64 * MIB
 
 
+def test_a_model_is_attached_with_room_for_a_picture() -> None:
+    """The guess, which a restart would ask for again, or what a picture of one of the kinds is known to need."""
+    work = WorkMemory(64 * MIB)
+    work.learn(Kind("a", 512, 512), Need(100 * MIB, 10 * MIB))
+    work.learn(Kind("b", 512, 512), Need(10 * MIB, 10 * MIB))
+
+    assert work.least_bytes([Kind("b", 512, 512)]) == 64 * MIB
+    assert work.least_bytes([Kind("b", 512, 512), Kind("a", 512, 512)]) == round(100 * MIB * MARGIN)
+
+
 @given(st.integers(1, 5000))
 def test_the_largest_that_fits_does(room_mib: int) -> None:
     """The size named to who asked for too much is one that fits, of about the same shape."""

@@ -16,6 +16,7 @@ from services.sampler.riders import Rider
 from services.sampler.transfer import ArenaViews
 from services.sampler.work import Kind, Need, WorkMemory
 from services.sampler.workspace import Workspace
+from tests.sampler.inprocess import under_baton
 
 SMALL, LARGE, HUGE = Kind("m", 512, 512), Kind("m", 1024, 512), Kind("m", 4096, 4096)
 GATES = 5
@@ -130,6 +131,18 @@ def test_cancelled_while_it_waits(studio: Studio) -> None:
 
     assert isinstance(second[0].error, Cancelled)
     assert studio.order == [LARGE, SMALL]
+
+
+def test_a_new_model_leaves_room_for_a_picture_of_each_and_for_those_at_work(studio: Studio) -> None:
+    """10 bytes are the guess; a large picture is known to need 84; two small ones at work need 60."""
+
+    def at_work() -> int:
+        with studio.workspace.room(SMALL, 16), studio.workspace.room(SMALL, 16):
+            return studio.workspace.least_bytes([])
+
+    assert studio.workspace.least_bytes([Kind("new", 16, 16)]) == 10
+    assert studio.workspace.least_bytes([Kind("new", 16, 16), LARGE]) == 84
+    assert under_baton(studio.engine, at_work) == 60
 
 
 def test_what_will_never_fit_is_told_the_size_that_does(studio: Studio) -> None:
