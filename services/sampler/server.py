@@ -29,7 +29,7 @@ from services.sampler.admission import Admission
 from services.sampler.binding import check_libraries
 from services.sampler.compiler import Compiler
 from services.sampler.config import Config, ConfigError
-from services.sampler.device import GIB, open_device, open_graphs
+from services.sampler.device import GIB, open_device, open_graphs, tile_rule
 from services.sampler.engine import Engine
 from services.sampler.helper import Helper
 from services.sampler.library import Library
@@ -63,7 +63,8 @@ async def serve(config: Config) -> None:
                 speedups = [speedup for speedup in (compiler, graphs) if speedup is not None]
                 library = Library(loader, engine, config.arena_dir, config.gate_limit_bytes, config.name, speedups)
                 workspace = Workspace(engine, WorkMemory(round(config.work_reserve_gib * GIB)), graphs)
-                sampler = Sampler(library, engine, workspace, Admission(config.rider_limit, config.queue_limit))
+                admission = Admission(config.rider_limit, config.queue_limit)
+                sampler = Sampler(library, engine, workspace, admission, tile_rule(config, facts.device))
                 service = SamplerService(sampler, config.name, facts, config.numerics)
                 sampler_pb2_grpc.add_SamplerServiceServicer_to_server(service, server)
                 log.info("serving", addresses=addresses, device=str(facts.device), transfer=transfer.way,
