@@ -94,7 +94,7 @@ class Workspace:
         room = self._engine.transfer.work_limit_bytes
         width, height = self._memory.largest(kind, room, multiple_px)
         remedy = f"the largest of this shape that fits is {width}x{height}" if width else "no size fits"
-        tiles = "; tiled_decode needs less" if can_tile and not kind.tiled else ""
+        tiles = "; with tiled_decode it may need less" if can_tile and not kind.tiled else ""
         return DeviceMemoryFull(
             f"{kind.width_px}x{kind.height_px} needs about {self._memory.need(kind).peak_bytes / 2**30:.2f} GiB beside "
             f"the model, of {room / 2**30:.2f} GiB: {remedy}{tiles}; or raise --max-vram"
