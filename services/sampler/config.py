@@ -11,6 +11,7 @@ from pathlib import Path
 
 from services.rpc.logs import LOG_FORMATS, LOG_LEVELS, LogFormat
 from services.sampler.requests import Numerics
+from services.sampler.tiling import TiledDecode
 
 PAGE_LOCKS = ("read-only", "protected", "staged")
 
@@ -31,6 +32,7 @@ class Config:
     max_vram_gib: float
     stream_layers: bool
     work_reserve_gib: float
+    tiled_decode: TiledDecode
     page_lock: str
     gate_limit_bytes: int
     cuda_graphs: bool
@@ -72,6 +74,9 @@ def _parser() -> argparse.ArgumentParser:
         help="keep what the budget holds on the device and stream the rest; without: keep nothing")  # fmt: skip
     add("--work-reserve", type=float, dest="work_reserve_gib", default=2.0, metavar="GIB",
         help="part of the budget for activations (default: %(default)s)")  # fmt: skip
+    add("--tiled-decode", type=TiledDecode, choices=TiledDecode, default=TiledDecode.AUTO,
+        metavar="{auto,never,always}", help="where a request does not say: decode in tiles, which changes pixels at "
+        "seams; auto: those whose decode would take half of a positive --max-vram (default: auto)")  # fmt: skip
     add("--page-lock", choices=PAGE_LOCKS, default=PAGE_LOCKS[0],
         help="best way to try of reading shared memory at the bus's speed (default: %(default)s)")  # fmt: skip
     # A gate is a contiguous copy worth having, yet small enough that three of them fit a small budget.

@@ -12,6 +12,7 @@ from services.sampler.driver import Driver
 from services.sampler.graphs import CudaRecorder, Graphs
 from services.sampler.registration import Registrar, Way
 from services.sampler.ring import Ring
+from services.sampler.tiling import TileRule
 from services.sampler.transfer import ArenaViews, Transfer
 from services.sampler.vram import Outside, Vram
 
@@ -66,6 +67,12 @@ def open_graphs(facts: DeviceFacts) -> Graphs | None:
     """Graphs of blocks in the part of the budget that is theirs."""
     device = facts.device
     return Graphs(device, CudaRecorder(device), facts.graph_bytes) if facts.graph_bytes else None
+
+
+def tile_rule(config: Config, device: torch.device) -> TileRule:
+    """When pictures are decoded in tiles: by the budget that the configuration names, if it names one."""
+    named = device.type == "cuda" and config.max_vram_gib > 0  # others depend on what is free, or are none
+    return TileRule(config.tiled_decode, round(config.max_vram_gib * GIB) if named else 0)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -44,7 +44,7 @@ class Drawing:
         self._model = model
         self._workspace = workspace
         self._request = request
-        self._kind = Kind(model.name, request.width_px, request.height_px)
+        self._kind = Kind(model.name, request.width_px, request.height_px, bool(request.tiled_decode))
         self._meter: MemoryMeter | None = None
         self._index = index
         self._emit = emit
@@ -58,14 +58,14 @@ class Drawing:
     @torch.inference_mode()
     def draw(self) -> Image.Image:
         """Run the pipeline; returns the picture. Raises what the gates raise, and DeviceMemoryFull."""
-        multiple_px = self._model.traits.size_multiple_px
+        traits = self._model.traits
         try:
-            with self._workspace.room(self._kind, multiple_px) as self._meter:
+            with self._workspace.room(self._kind, traits.size_multiple_px, traits.can_tile) as self._meter:
                 picture = self._attempt()
                 if picture is None and self._workspace.make_way():
                     picture = self._attempt()
                 if picture is None:
-                    raise self._workspace.too_large(self._kind, multiple_px)
+                    raise self._workspace.too_large(self._kind, traits.size_multiple_px, traits.can_tile)
                 return picture
         finally:
             self._enter_phase(None)
@@ -75,7 +75,7 @@ class Drawing:
         self.step, self._sigmas = 0, None
         try:
             self._model.bring_pinned()
-            view = self._model.request_view()
+            view = self._model.request_view(bool(self._request.tiled_decode))
             view.scheduler.__dict__["step"] = self._watched(view, view.scheduler.step)
             # Noise comes from the CPU's generator on every device: the same seed is the same noise everywhere.
             generator = torch.Generator("cpu").manual_seed(self._request.seed_of(self._index))

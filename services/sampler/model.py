@@ -123,13 +123,18 @@ class AttachedModel:
 
     # ---- one request
 
-    def request_view(self) -> Any:
-        """The pipeline for one request: own scheduler, own autoencoder trees, shared everything else."""
+    def request_view(self, tiled_decode: bool = False) -> Any:
+        """The pipeline for one request: own scheduler, own autoencoder trees, shared everything else.
+
+        tiled_decode: the autoencoder decodes in tiles; only where `Traits.can_tile`.
+        """
         view = copy.copy(self.pipeline)
         view.__class__ = self._view_class
-        parts: dict[str, object] = {"scheduler": copy.deepcopy(self.pipeline.scheduler)}
+        parts: dict[str, Any] = {"scheduler": copy.deepcopy(self.pipeline.scheduler)}
         for name, gate in self.units.items():
             parts[name] = unit_view(self.engine, gate, self._absent)
+        if tiled_decode:
+            parts["vae"].enable_tiling()  # a switch on this request's tree
         view.__dict__.update(parts)  # setattr would write them into the pipeline's config
         if hasattr(view, "encode_prompt"):
             view.__dict__["encode_prompt"] = self.memo.wrap(view.encode_prompt)

@@ -43,6 +43,7 @@ class ImageRequest:
     count: int = 1
     preview_every: int = 0
     preview_edge_px: int = 128
+    tiled_decode: bool | None = None
 
     def seed_of(self, index: int) -> int:
         """Seed of picture `index`, 0 to MAX_SEED; derived from the request's id if none was given."""

@@ -19,6 +19,7 @@ from services.sampler.library import Library
 from services.sampler.model import AttachedModel
 from services.sampler.requests import Event, Finished, ImageRequest, Phase, Picture, Preview, Progress, Queued, Started
 from services.sampler.riders import Rider
+from services.sampler.tiling import TileRule
 from services.sampler.workspace import Workspace
 
 # How often a picture that waits for params says how far the fill is.
@@ -28,12 +29,15 @@ HEARTBEAT_S = 0.5
 class Sampler:
     """Draws requests on one engine. All methods belong to one event loop."""
 
-    def __init__(self, library: Library, engine: Engine, workspace: Workspace, admission: Admission) -> None:
+    def __init__(
+        self, library: Library, engine: Engine, workspace: Workspace, admission: Admission, tile_rule: TileRule
+    ) -> None:
         self.library = library
         self.engine = engine
         self.workspace = workspace
         self.admission = admission
         self.image_count = 0
+        self._tile_rule = tile_rule
         self._live: set[str] = set()
         self._jobs: set[asyncio.Task[None]] = set()
 
@@ -48,7 +52,7 @@ class Sampler:
         self._live.add(request.request_id)
         try:
             async with self.library.using(request.model) as model:
-                resolved = model.traits.resolve(replace(request, model=model.name))
+                resolved = model.traits.resolve(replace(request, model=model.name), self._tile_rule)
                 async with aclosing(self._ride(model, resolved)) as events:
                     async for event in events:
                         yield event

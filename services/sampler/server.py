@@ -31,7 +31,7 @@ from services.sampler.binding import check_libraries
 from services.sampler.budget import GIB
 from services.sampler.compiler import Compiler
 from services.sampler.config import Config, ConfigError
-from services.sampler.device import open_device, open_graphs
+from services.sampler.device import open_device, open_graphs, tile_rule
 from services.sampler.engine import Engine
 from services.sampler.helper import Helper
 from services.sampler.library import Library
@@ -67,7 +67,8 @@ async def serve(config: Config) -> None:
                 library = Library(
                     loader, engine, workspace, config.arena_dir, config.gate_limit_bytes, config.name, speedups
                 )
-                sampler = Sampler(library, engine, workspace, Admission(config.rider_limit, config.queue_limit))
+                admission = Admission(config.rider_limit, config.queue_limit)
+                sampler = Sampler(library, engine, workspace, admission, tile_rule(config, facts.device))
                 service = SamplerService(sampler, config.name, facts, config.numerics)
                 sampler_pb2_grpc.add_SamplerServiceServicer_to_server(service, server)
                 with serving_metrics(config.metrics, lambda: numbers(sampler, facts, graphs)):

@@ -213,6 +213,7 @@ def parameters(request: ImageRequest, numerics: Numerics) -> pb.GenerateRequest:
         max_sequence_length=request.max_sequence_length,
         output=pb.OutputOptions(format=pb.IMAGE_FORMAT_PNG),
         numerics=NUMERICS[numerics],
+        tiled_decode=request.tiled_decode,
     )
     if request.preview_every:
         message.preview.every_step_count = request.preview_every

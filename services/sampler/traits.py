@@ -12,6 +12,7 @@ from typing import Any
 
 from services.errors import BadCheckpoint, InvalidRequest, UnsupportedModel
 from services.sampler.requests import ImageRequest
+from services.sampler.tiling import UNTILED, TileRule, decode_px_bytes
 
 # Optional fields of a request and the pipeline argument that each becomes.
 ARGUMENTS = {
@@ -40,14 +41,23 @@ class Traits:
     guidance_scale: float | None
     true_cfg_scale: float | None
     max_sequence_length: int | None
+    decode_px_bytes: int = 0  # what a decode takes for a pixel, about; 0: the autoencoder has no tiles
+
+    @property
+    def can_tile(self) -> bool:
+        return self.decode_px_bytes > 0
 
     @property
     def request_fields(self) -> list[str]:
         """Names of the request fields that this model takes."""
-        return sorted([*COMMON, *(field for field, argument in ARGUMENTS.items() if argument in self.arguments)])
+        own = [field for field, argument in ARGUMENTS.items() if argument in self.arguments]
+        return sorted([*COMMON, *own, *(["tiled_decode"] if self.can_tile else [])])
 
-    def resolve(self, request: ImageRequest) -> ImageRequest:
-        """The request with every default filled in. Raises InvalidRequest naming all that this model cannot do."""
+    def resolve(self, request: ImageRequest, rule: TileRule = UNTILED) -> ImageRequest:
+        """The request with every default filled in; `rule` is the replica's.
+
+        Raises InvalidRequest naming all that this model cannot do.
+        """
         wrong = [
             (field, "this model has no use for it: leave it out")
             for field, argument in ARGUMENTS.items()
@@ -72,8 +82,13 @@ class Traits:
             wrong.append(("width_px", f"width_px times height_px must be at most {MAX_AREA_PX}"))
         if filled.preview_every > filled.step_count:
             wrong.append(("preview.every_step_count", f"must be at most step_count, {filled.step_count}"))
+        if filled.tiled_decode and not self.can_tile:
+            wrong.append(("tiled_decode", "this model's autoencoder has no tiles: leave it out"))
         if wrong:
             raise InvalidRequest(*wrong)
+        if filled.tiled_decode is None:
+            tiled = self.can_tile and rule.tiles(filled.width_px * filled.height_px, self.decode_px_bytes)
+            return dataclasses.replace(filled, tiled_decode=tiled)
         return filled
 
     def call_arguments(self, request: ImageRequest) -> dict[str, object]:
@@ -115,7 +130,17 @@ def traits_of(pipeline: Any, config: Path) -> Traits:
         guidance_scale=own.get("guidance_scale", default("guidance_scale")),
         true_cfg_scale=own.get("true_cfg_scale", default("true_cfg_scale")),
         max_sequence_length=own.get("max_sequence_length", default("max_sequence_length")),
+        decode_px_bytes=decode_cost(pipeline.vae),
     )
+
+
+def decode_cost(vae: Any) -> int:
+    """Bytes that a decode takes for a pixel, about; 0 for an autoencoder without tiles."""
+    # diffusers gives every autoencoder the method, and the switch only to those that look at it.
+    if not (hasattr(vae, "enable_tiling") and hasattr(vae, "use_tiling")):
+        return 0
+    upcast = str(vae.dtype) == "torch.float16" and bool(vae.config.get("force_upcast"))
+    return decode_px_bytes(vae.config, 4 if upcast else vae.dtype.itemsize)
 
 
 def read_defaults(config: Path) -> Mapping[str, Any]:

@@ -53,6 +53,7 @@ def image_request(message: Any, numerics: Numerics = Numerics.EAGER) -> ImageReq
         count=message.count or 1,
         preview_every=message.preview.every_step_count,
         preview_edge_px=message.preview.max_edge_px or 128,
+        tiled_decode=message.tiled_decode if message.HasField("tiled_decode") else None,
         **optional,
     )
 

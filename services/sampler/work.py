@@ -18,6 +18,7 @@ class Kind:
     model: str
     width_px: int
     height_px: int
+    tiled: bool = False  # decoded in tiles
 
     @property
     def area_px(self) -> int:
@@ -53,18 +54,25 @@ class WorkMemory:
         self._seen[kind] = self._seen.get(kind, need) | need
 
     def need(self, kind: Kind) -> Need:
-        """As seen; else scaled by area from the model's picture nearest in size; else the guess."""
+        """As seen; else scaled by area from the model's picture nearest in size, tiled or not alike; else the guess."""
         if kind in self._seen:
             return self._seen[kind].scaled(MARGIN)
-        of_model = [k for k in self._seen if k.model == kind.model]
-        if not of_model:
+        alike = [k for k in self._seen if (k.model, k.tiled) == (kind.model, kind.tiled)]
+        if not alike:
             return self._guess
-        nearest = min(of_model, key=lambda k: abs(k.area_px - kind.area_px))
+        nearest = min(alike, key=lambda k: abs(k.area_px - kind.area_px))
         return self._seen[nearest].scaled(MARGIN * max(1.0, kind.area_px / nearest.area_px))
 
     def least_bytes(self, kinds: Iterable[Kind]) -> int:
         """What one picture of any of these kinds needs, and no less than the guess, which is all that a start knows."""
         return max([self._guess.peak_bytes, *(self.need(kind).peak_bytes for kind in kinds)])
+
+    def never_fits(self, kind: Kind, room_bytes: int) -> bool:
+        """Whether `kind` needs more than the room, so surely that it need not be tried.
+
+        What tiles need hardly grows with the picture, so a scaled need says little of them.
+        """
+        return self.need(kind).peak_bytes > room_bytes and (self.is_known(kind) or not kind.tiled)
 
     def room_bytes(self, kinds: Iterable[Kind]) -> int:
         """What pictures of these kinds need together: one of them runs at a time."""

@@ -63,13 +63,13 @@ class Workspace:
         self._known_bytes = 0  # the most that pictures of known needs had to have at once
 
     @contextmanager
-    def room(self, kind: Kind, multiple_px: int) -> Iterator[MemoryMeter | None]:
+    def room(self, kind: Kind, multiple_px: int, can_tile: bool = False) -> Iterator[MemoryMeter | None]:
         """Room for a picture; a meter if the needs of its kind are not known yet.
 
-        Raises DeviceMemoryFull naming the size that would fit.
+        Raises DeviceMemoryFull naming the size that would fit, and tiles if the model has them.
         """
-        if self._memory.need(kind).peak_bytes > self._engine.transfer.work_limit_bytes:
-            raise self.too_large(kind, multiple_px)
+        if self._memory.never_fits(kind, self._engine.transfer.work_limit_bytes):
+            raise self.too_large(kind, multiple_px, can_tile)
         self._wait(kind)
         self._working.append(kind)
         try:
@@ -96,14 +96,15 @@ class Workspace:
             self._graphs.clear()
         return self._engine.transfer.make_way()
 
-    def too_large(self, kind: Kind, multiple_px: int) -> DeviceMemoryFull:
+    def too_large(self, kind: Kind, multiple_px: int, can_tile: bool = False) -> DeviceMemoryFull:
         """What to say to who asked for more than there is room for."""
         room = self._engine.transfer.work_limit_bytes
         width, height = self._memory.largest(kind, room, multiple_px)
         remedy = f"the largest of this shape that fits is {width}x{height}" if width else "no size fits"
+        tiles = "; with tiled_decode it may need less" if can_tile and not kind.tiled else ""
         return DeviceMemoryFull(
             f"{kind.width_px}x{kind.height_px} needs about {self._memory.need(kind).peak_bytes / 2**30:.2f} GiB beside "
-            f"the model, of {room / 2**30:.2f} GiB: {remedy}; or raise --max-vram"
+            f"the model, of {room / 2**30:.2f} GiB: {remedy}{tiles}; or raise --max-vram"
         )
 
     def _wait(self, kind: Kind) -> None:

@@ -46,10 +46,13 @@ def plain_picture(
     seed: int,
     call: dict[str, Any] | None = None,
     device: str = "cpu",
+    tiled: bool = False,
 ) -> Image.Image:
     """The folder's own pipeline, loaded and called as its documentation says."""
     torch.set_num_threads(1)
-    picture: Image.Image = plain_pipeline(folder, device)(
+    pipeline = plain_pipeline(folder, device)
+    (pipeline.vae.enable_tiling if tiled else pipeline.vae.disable_tiling)()
+    picture: Image.Image = pipeline(
         prompt=prompt, width=size[0], height=size[1], num_inference_steps=steps,
         generator=torch.Generator().manual_seed(seed), **(CALLS[architecture(folder.name)] if call is None else call),
     ).images[0]  # fmt: skip

@@ -89,7 +89,7 @@ def test_every_field_is_looked_at() -> None:
     """A field added to the protocol is validated, passed on or refused: somebody has to decide."""
     from services.sampler.validation import NOT_SERVED, OPTIONAL_RANGES, RANGES
 
-    handled = {"model", "prompt", "negative_prompt", "request_id", "preview", "output", "numerics"}
+    handled = {"model", "prompt", "negative_prompt", "request_id", "preview", "output", "numerics", "tiled_decode"}
     handled |= RANGES.keys() | OPTIONAL_RANGES.keys() | set(NOT_SERVED)
 
     assert {field.name for field in pb.GenerateRequest.DESCRIPTOR.fields} == handled

@@ -47,6 +47,21 @@ def test_a_model_is_attached_with_room_for_a_picture() -> None:
     assert work.least_bytes([Kind("b", 512, 512), Kind("a", 512, 512)]) == round(100 * MIB * MARGIN)
 
 
+def test_tiles_are_a_kind_of_their_own() -> None:
+    """A tiled picture says nothing of one that is not, nor the other way round; tiles of a size not seen are tried."""
+    work = WorkMemory(64 * MIB)
+    plain, tiled = Kind("a", 512, 512), Kind("a", 512, 512, tiled=True)
+    work.learn(plain, Need(1000 * MIB, 10 * MIB))
+    assert work.need(tiled).peak_bytes == 64 * MIB
+    work.learn(tiled, Need(100 * MIB, 10 * MIB))
+
+    assert work.need(plain).peak_bytes == round(1000 * MIB * MARGIN)
+    assert work.need(tiled).peak_bytes == round(100 * MIB * MARGIN)
+    assert work.never_fits(Kind("a", 1024, 1024), 300 * MIB)
+    assert not work.never_fits(Kind("a", 1024, 1024, tiled=True), 300 * MIB)
+    assert work.never_fits(tiled, 99 * MIB)
+
+
 @given(st.integers(1, 5000))
 def test_the_largest_that_fits_does(room_mib: int) -> None:
     """The size named to who asked for too much is one that fits, of about the same shape."""

@@ -46,6 +46,7 @@ class Studio:
         memory = WorkMemory(10)
         memory.learn(SMALL, Need(38, 19))  # 5 % are added: 40 and 20
         memory.learn(LARGE, Need(80, 40))  # 84 and 42
+        memory.learn(Kind("m", 512, 512, tiled=True), Need(38, 19))
         self.workspace = Workspace(self.engine, memory)
         arena: Any = object()
         self.gates = [Gate("c", str(n), nn.Identity(), arena, ()) for n in range(GATES)]
@@ -55,11 +56,11 @@ class Studio:
         self.go_on = threading.Event()
         self.go_on.set()
 
-    def draw(self, kind: Kind) -> tuple[Rider, Future[None]]:
+    def draw(self, kind: Kind, can_tile: bool = False) -> tuple[Rider, Future[None]]:
         ended: Future[None] = Future()
 
         def work(rider: Rider) -> None:
-            with self.workspace.room(kind, 16):
+            with self.workspace.room(kind, 16, can_tile):
                 self.order.append(kind)
                 self.at_work.append(kind)
                 self.most.append(list(self.at_work))
@@ -152,4 +153,16 @@ def test_what_will_never_fit_is_told_the_size_that_does(studio: Studio) -> None:
 
     assert isinstance(rider.error, DeviceMemoryFull)
     assert "4096x4096 needs" in str(rider.error)
-    assert "the largest of this shape that fits is 816x816" in str(rider.error)
+    assert "the largest of this shape that fits is 816x816; or raise --max-vram" in str(rider.error)
+
+
+def test_tiles_are_a_remedy(studio: Studio) -> None:
+    """Where the model has tiles the message names them, and who asks for them is let in, with all the room there is."""
+    plain, plain_ended = studio.draw(HUGE, can_tile=True)
+    tiled, tiled_ended = studio.draw(Kind("m", 4096, 4096, tiled=True), can_tile=True)
+    plain_ended.result(20)
+    tiled_ended.result(20)
+
+    assert isinstance(plain.error, DeviceMemoryFull)
+    assert "with tiled_decode it may need less" in str(plain.error)
+    assert tiled.error is None

@@ -28,6 +28,11 @@ _PICTURE = (
     click.option("--guidance", type=float, help="guidance_scale; default: the model's."),
     click.option("--cfg", type=float, help="true_cfg_scale, where the model has one."),
     click.option("--negative", help="What to steer away from."),
+    click.option(
+        "--tiled-decode/--no-tiled-decode",
+        default=None,
+        help="Decode in tiles: less memory, slightly other pixels at the seams; default: the server's choice by size.",
+    ),
 )
 
 
@@ -48,4 +53,5 @@ def options(given: Mapping[str, Any]) -> Options:
         "guidance_scale": given["guidance"],
         "true_cfg_scale": given["cfg"],
         "negative_prompt": given["negative"],
+        "tiled_decode": given["tiled_decode"],
     }

@@ -10,6 +10,7 @@ class Options(TypedDict, total=False):
     preview_every: steps between previews; preview_edge: their longest edge in pixels.
     format: "png", "jpeg" or "webp"; quality: of the last two, 1 to 100.
     numerics: "eager" or "compiled"; refused if the server is set up otherwise.
+    tiled_decode: decode pictures in overlapping tiles: less memory, slightly other pixels at the seams.
     request_id: names the request in the server's log and derives the seed; a random UUID by default.
     """
 
@@ -29,6 +30,7 @@ class Options(TypedDict, total=False):
     format: str | None
     quality: int | None
     numerics: str | None
+    tiled_decode: bool | None
 
 
 class Parameters(Options, total=False):

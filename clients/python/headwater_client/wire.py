@@ -34,6 +34,7 @@ FIELDS = {
     "format": "output.format",
     "quality": "output.quality",
     "numerics": "numerics",
+    "tiled_decode": "tiled_decode",
 }
 WORDS = {"format": pb.ImageFormat, "numerics": pb.Numerics}
 

@@ -47,6 +47,16 @@ def test_json_is_one_document_and_nothing_else(headwater: Headwater, sampler: Sc
     assert document["parameters"]["prompt"] == "a fox"
 
 
+@pytest.mark.parametrize(("flag", "sent"), [("--tiled-decode", True), ("--no-tiled-decode", False), ("", None)])
+def test_tiles_are_asked_for(flag: str, sent: bool | None, headwater: Headwater, sampler: ScriptedSampler) -> None:
+    """On, off, or nothing said: the server's choice."""
+    done = headwater("generate", "a fox", "--quiet", *filter(None, [flag]))
+
+    assert done.returncode == 0
+    request = sampler.requests[0]
+    assert (request.tiled_decode if request.HasField("tiled_decode") else None) is sent
+
+
 def test_quiet_says_nothing(headwater: Headwater, sampler: ScriptedSampler) -> None:
     """Success is silent."""
     done = headwater("generate", "a fox", "--quiet")

@@ -80,6 +80,7 @@ def test_every_option_reaches_its_field(client: Client, sampler: ScriptedSampler
         "format": "webp",
         "quality": 80,
         "numerics": "compiled",
+        "tiled_decode": False,
     }
     client.generate("a fox", **options)
     client.generate("a fox", seed=None)
@@ -89,6 +90,8 @@ def test_every_option_reaches_its_field(client: Client, sampler: ScriptedSampler
     assert (request.preview.every_step_count, request.preview.max_edge_px) == (2, 32)
     assert (request.output.format, request.output.quality, request.numerics) == (3, 80, 2)
     assert (request.request_id, request.max_sequence_length, request.true_cfg_scale) == ("r-1", 77, 1.5)
+    assert request.HasField("tiled_decode")
+    assert not request.tiled_decode
     assert {field.name for field, _ in bare.ListFields()} == {"prompt", "request_id"}
 
 
