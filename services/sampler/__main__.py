@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = parse_args(argv)
         logs.configure(config.log_format, config.log_level)
-        quiet_libraries()
+        settle_libraries()
         from services.sampler.server import serve  # seconds of imports, after the flags were checked
 
         asyncio.run(serve(config))
@@ -39,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def quiet_libraries() -> None:
-    """No bars and no hints on stderr, and no look at a hub: it carries our log lines only."""
+def settle_libraries() -> None:
+    """No bars and no hints on stderr, and no look at a hub: it carries our log lines only. Before they are imported."""
     os.environ |= {
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -49,6 +49,9 @@ def quiet_libraries() -> None:
         "TOKENIZERS_PARALLELISM": "false",
         "TQDM_DISABLE": "1",
     }
+    # Pictures of many sizes leave holes in memory of fixed pieces, and a plan that fits by the sum would not.
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     # Arenas are mapped read-only on purpose; a write through one would be a segmentation fault, not a wrong picture.
     warnings.filterwarnings("ignore", message="The given buffer is not writable")
 

@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         help="part of the budget for activations (default: %(default)s)")  # fmt: skip
     add("--tiled-decode", type=TiledDecode, choices=TiledDecode, default=TiledDecode.AUTO,
         metavar="{auto,never,always}", help="where a request does not say: decode in tiles, which changes pixels at "
-        "seams; auto: those whose decode would take half of a positive --max-vram (default: auto)")  # fmt: skip
+        "seams; auto: those whose decode would take 5/8 of a positive --max-vram (default: auto)")  # fmt: skip
     add("--page-lock", choices=PAGE_LOCKS, default=PAGE_LOCKS[0],
         help="best way to try of reading shared memory at the bus's speed (default: %(default)s)")  # fmt: skip
     # A gate is a contiguous copy worth having, yet small enough that three of them fit a small budget.

@@ -15,11 +15,13 @@ from PIL import Image
 
 from services.sampler.faults import is_memory_full
 from services.sampler.gates import Gate
+from services.sampler.meter import has_passed
 from services.sampler.model import AttachedModel, is_encoder
 from services.sampler.previews import denoised_latents, preview_image
 from services.sampler.requests import ImageRequest, Phase, Progress
+from services.sampler.slots import new_event
 from services.sampler.work import Kind
-from services.sampler.workspace import MemoryMeter, Workspace
+from services.sampler.workspace import MemoryMeter, ShortageMeter, Workspace
 
 Emit = Callable[[Progress], None]
 EmitPreview = Callable[[int, Image.Image], None]
@@ -46,13 +48,14 @@ class Drawing:
         self._request = request
         self._kind = Kind(model.name, request.width_px, request.height_px, bool(request.tiled_decode))
         self._meter: MemoryMeter | None = None
+        self._shortage = ShortageMeter(workspace.failures)
         self._index = index
         self._emit = emit
         self._emit_preview = emit_preview
         self._phase: Phase | None = None
         self._since = time.monotonic()
         self._previewing = False
-        self._sigmas: list[float] | None = None
+        self._sigmas: OnHost | None = None
         self.step = 0
 
     @torch.inference_mode()
@@ -73,6 +76,7 @@ class Drawing:
     def _attempt(self) -> Image.Image | None:
         """The picture, from its beginning; None if memory was short (not raised: a traceback would hold memory)."""
         self.step, self._sigmas = 0, None
+        self._shortage = ShortageMeter(self._workspace.failures)
         try:
             self._model.bring_pinned()
             view = self._model.request_view(bool(self._request.tiled_decode))
@@ -86,12 +90,14 @@ class Drawing:
                 raise
             return None
         else:
-            return picture
+            self._shortage.pause()
+            return None if self._shortage.was_short else picture
         finally:
             self._model.mend()
 
     def paused(self) -> None:
         """The rider is about to give the baton on."""
+        self._shortage.pause()
         if self._meter is not None:
             self._meter.pause()
 
@@ -99,6 +105,8 @@ class Drawing:
         """The rider stands at a gate whose bytes are still being read (`waits`), or passes it."""
         if self._meter is not None and not waits:
             self._meter.resume()
+        if gate.component in self._model.convolving and not waits:
+            self._shortage.resume()
         if self._previewing:
             return
         phase = Phase.PREPARING if waits or gate.pinned else self._phase_of(gate)
@@ -144,11 +152,9 @@ class Drawing:
 
     def _sigma_after(self, scheduler: Any) -> float | None:
         if self._sigmas is None:
-            sigmas = getattr(scheduler, "sigmas", None)
-            # Read once: on a GPU each look at the tensor would wait for the device.
-            self._sigmas = sigmas.tolist() if isinstance(sigmas, torch.Tensor) else []
-        at = getattr(scheduler, "step_index", None)
-        return self._sigmas[at] if at is not None and at < len(self._sigmas) else None
+            self._sigmas = OnHost(getattr(scheduler, "sigmas", None))
+        sigmas, at = self._sigmas.numbers(), getattr(scheduler, "step_index", None)
+        return sigmas[at] if at is not None and at < len(sigmas) else None
 
     def _wants_preview(self, step_count: int) -> bool:
         every = self._request.preview_every
@@ -161,3 +167,24 @@ class Drawing:
             self._emit_preview(self.step, preview_image(view, latents, size, self._request.preview_edge_px))
         finally:
             self._previewing = False
+
+
+class OnHost:
+    """A tensor's numbers, once the device has got so far: nobody waits for it."""
+
+    def __init__(self, tensor: object) -> None:
+        self._numbers: list[float] | None = None
+        if not isinstance(tensor, torch.Tensor):
+            self._numbers = []
+        elif tensor.device.type != "cuda":
+            self._numbers = tensor.tolist()
+        else:
+            self._copy = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+            self._arrived = new_event()
+            self._arrived.record(torch.cuda.current_stream(tensor.device))
+
+    def numbers(self) -> list[float]:
+        """Empty while they are on their way."""
+        if self._numbers is None and has_passed(self._arrived):
+            self._numbers = self._copy.tolist()
+        return self._numbers or []

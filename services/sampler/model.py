@@ -18,6 +18,7 @@ from typing import Any
 import structlog
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from services.sampler.binding import BoundComponent
 from services.sampler.blocks import Speedup, blocks_of
@@ -25,6 +26,7 @@ from services.sampler.engine import Engine
 from services.sampler.gates import Absent, Gate, is_host_lookup, split
 from services.sampler.guard import Guard
 from services.sampler.memo import PromptMemo
+from services.sampler.tiling import switch_on
 from services.sampler.traits import Traits
 
 # Steps that a picture takes, about: what of a denoiser stays on the device saves so many copies, of an encoder one.
@@ -58,6 +60,8 @@ class AttachedModel:
         self._absent = Absent(engine.transfer.device)
         self.pinned: list[Gate] = []
         self.gates: list[Gate] = []
+        # Components whose arithmetic depends on how much scratch memory it gets: cuDNN's convolutions.
+        self.convolving = {c.name for c in components if any(isinstance(m, _ConvNd) for m in c.module.modules())}
         for component in components:
             self._gate_component(component, gate_limit)
         self._view_class = view_class(type(pipeline), engine.transfer.device)
@@ -134,7 +138,7 @@ class AttachedModel:
         for name, gate in self.units.items():
             parts[name] = unit_view(self.engine, gate, self._absent)
         if tiled_decode:
-            parts["vae"].enable_tiling()  # a switch on this request's tree
+            switch_on(parts["vae"])  # this request's tree
         view.__dict__.update(parts)  # setattr would write them into the pipeline's config
         if hasattr(view, "encode_prompt"):
             view.__dict__["encode_prompt"] = self.memo.wrap(view.encode_prompt)

@@ -270,7 +270,10 @@ class Ring:
         try:
             self._bring_resident(gate)
         except torch.OutOfMemoryError:
-            log.debug("no room yet for a resident", gate=str(gate))
+            if self._ring_of(gate).slots:
+                # Each try makes the allocator give its cache back, and the device wait.
+                del self._residents[gate]
+                log.info("no room for a resident, it is streamed", gate=str(gate))
 
     def _bring_resident(self, gate: Gate) -> Slot:
         slot = self._bring(gate, new_slot(self.device, gate.size_bytes, self._poison))

@@ -36,6 +36,27 @@ class MemoryMeter:
         self.need |= Need(peak, max(self._own_bytes, 0))
 
 
+class ShortageMeter:
+    """Sees whether memory was short for one picture without anybody saying so: it has the baton between both calls.
+
+    A library that cannot have the scratch memory it wants takes another algorithm, which gives other last bits (cuDNN
+    does). Pixels must not depend on what happens to be free.
+    """
+
+    def __init__(self, failures: Callable[[], int]) -> None:
+        self.was_short = False
+        self._failures = failures
+        self._before: int | None = None
+
+    def resume(self) -> None:
+        self._before = self._failures()
+
+    def pause(self) -> None:
+        if self._before is not None:
+            self.was_short |= self._failures() > self._before
+            self._before = None
+
+
 class Door(Gate):
     """A gate without params, which a picture passes when there is room for its work."""
 
@@ -88,6 +109,11 @@ class Workspace:
     def least_bytes(self, kinds: Iterable[Kind]) -> int:
         """Room to leave when a model is attached: for those at work, and for a picture of any of `kinds` alone."""
         return max(self._memory.least_bytes(kinds), self._memory.room_bytes(self._working))
+
+    def failures(self) -> int:
+        """Allocations on the device that failed so far, whether or not somebody found another way."""
+        device = self._engine.transfer.device
+        return int(torch.cuda.memory_stats(device)["num_ooms"]) if device.type == "cuda" else 0
 
     def make_way(self) -> bool:
         """Memory was short in spite of the plan: keep no graphs and no residents. False if there were no residents."""
