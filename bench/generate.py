@@ -38,6 +38,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 from bench import checkpoint
 from bench.common import GIB, ROOT, Figures, note, pick_device, quiet_libraries, report, table
+from bench.riding import Arithmetic
 from bench.serving import Answer, Job, ask, ask_together, prepare, start_sampler
 from bench.vram import Peak, Watch
 from tests.sampler.inprocess import prepared
@@ -100,8 +101,9 @@ def served(folder: Path, stage: str, logs: Path | None) -> Iterator[Stack]:
                 shutil.copy(log, logs / f"{stage}-{log.name}")
 
 
-def flags(max_vram: str) -> tuple[str, ...]:
-    return ("--max-vram", max_vram, "--riders", "8")
+def flags(max_vram: str, options: argparse.Namespace) -> tuple[str, ...]:
+    arithmetic = Arithmetic(options.cuda_graphs, options.compile_cache if options.numerics == "compiled" else None)
+    return ("--max-vram", max_vram, "--riders", "8", *arithmetic.flags)
 
 
 def cold(folder: Path, job: Job, options: argparse.Namespace, device: torch.device) -> tuple[Figures, Answer]:
@@ -110,7 +112,7 @@ def cold(folder: Path, job: Job, options: argparse.Namespace, device: torch.devi
     rate = disk_rate(weights(folder))
     with served(folder, "cold", options.logs) as stack:
         stack.loader(extent_bytes=options.extent_bytes)
-        address = start_sampler(stack, device, options.tiny, *flags(options.max_vram)).addresses[0]
+        address = start_sampler(stack, device, options.tiny, *flags(options.max_vram, options)).addresses[0]
         if dropped:
             drop_page_cache()
         answer = ask(address, job)
@@ -132,7 +134,7 @@ def warm(folder: Path, job: Job, options: argparse.Namespace, device: torch.devi
         start = time.perf_counter()
         prepared(stack, "z")
         fill_s = time.perf_counter() - start
-        sampler = start_sampler(stack, device, options.tiny, *flags(options.max_vram))
+        sampler = start_sampler(stack, device, options.tiny, *flags(options.max_vram, options))
         address = sampler.addresses[0]
         with watch.of(sampler.pid) as peak:
             prepare(address)
@@ -253,7 +255,7 @@ def row_of(stack: Stack, budget: str, job: Job, options: argparse.Namespace, dev
     watch = Watch(device)
     row: Figures = {"max_vram_gib": budget, "refused": "", "least_gib": "", "step_s": None, "two_pictures_s": None}
     try:
-        sampler = start_sampler(stack, device, options.tiny, *flags(budget), "--attach", "z")
+        sampler = start_sampler(stack, device, options.tiny, *flags(budget, options), "--attach", "z")
     except AssertionError as error:  # it ended, and this is its log
         return refused(row, str(error).strip().splitlines()[-1]) | peak_figures(Peak(), budget)
     with watch.of(sampler.pid) as peak:
@@ -298,6 +300,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, help="written by bench/checkpoint.py z-image; made if it is not there")
     parser.add_argument("--max-vram", default="11", metavar="GIB")
     parser.add_argument("--budgets", nargs="+", metavar="GIB", help="go through these instead; 0: all that is free")
+    parser.add_argument("--numerics", choices=("eager", "compiled"), default="eager")
+    parser.add_argument("--cuda-graphs", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--logs", type=Path, help="keep the services' logs in this folder")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the code")
     options = parser.parse_args(arguments)
@@ -306,10 +310,11 @@ def main(arguments: list[str] | None = None) -> None:
     quiet_libraries()
     device = pick_device()
     with tempfile.TemporaryDirectory() as disk:
+        options.compile_cache = Path(disk) / "cache"
         folder = options.folder or Path(disk) / "z-image"
         list(checkpoint.write("z-image", folder, tiny=options.tiny))
         if options.budgets:
-            rows = budgets(folder, job, options, device)
+            rows = budgets(folder, replace(job, tiled_decode=None), options, device)
             table("VRAM budgets", list(rows[0]), [list(row.values()) for row in rows])
             claims = budget_claims(rows)
             table("of these", ("", ""), list(claims.items()))
@@ -319,7 +324,8 @@ def main(arguments: list[str] | None = None) -> None:
             table(
                 f"two pictures {job.width_px}x{job.height_px}, {job.step_count} steps", ("", ""), list(figures.items())
             )
-            report("generate", device, {"max_vram_gib": options.max_vram, **figures})
+            arithmetic = {"numerics": options.numerics, "cuda_graphs": options.cuda_graphs}
+            report("generate", device, {"max_vram_gib": options.max_vram, **arithmetic, **figures})
 
 
 if __name__ == "__main__":

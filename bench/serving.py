@@ -28,6 +28,7 @@ class Job:
     seed: int = 1
     count: int = 1
     model: str = "z"
+    tiled_decode: bool | None = False  # the same work at every budget, and plain diffusers' pixels
 
     def take(self, name: str) -> Job:
         """The same with a prompt of the same length in tokens that no sampler has seen: nothing is remembered of it."""
@@ -55,7 +56,7 @@ def ask(address: str, job: Job) -> Answer:
         result = client.generate(
             job.prompt, model=job.model, width=job.width_px, height=job.height_px, steps=job.step_count,
             guidance_scale=0.0, seed=job.seed, count=job.count, timeout=TIMEOUT_S,
-            tiled_decode=False,  # the same work at every budget, and plain diffusers' pixels
+            tiled_decode=job.tiled_decode,
         )  # fmt: skip
         return Answer(result.images, result.finished, time.perf_counter() - start)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import structlog
 import torch
 from torch import nn
 
@@ -14,6 +15,8 @@ from services.sampler.engine import Engine
 from services.sampler.gates import Gate
 from services.sampler.graphs import Graphs
 from services.sampler.work import Kind, Need, WorkMemory
+
+log = structlog.get_logger()
 
 
 class MemoryMeter:
@@ -100,6 +103,8 @@ class Workspace:
             if meter is not None:
                 meter.pause()
                 self._memory.learn(kind, meter.need)
+                log.info("work measured", model=kind.model, width_px=kind.width_px, height_px=kind.height_px,
+                         peak_bytes=meter.need.peak_bytes, parked_bytes=meter.need.parked_bytes)  # fmt: skip
                 # Its kernels have been loaded by now.
                 self._engine.settle()
                 self._engine.transfer.review_budget()
