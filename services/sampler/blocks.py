@@ -1,4 +1,4 @@
-"""Blocks: modules behind gates whose class a denoiser repeats. Their forward may be replaced by a faster one.
+"""Blocks: modules behind gates whose class their component repeats. Their forward may be replaced by a faster one.
 
 A block's gate is a hook and stays outside of its forward, so the params are there when the forward runs.
 """
@@ -35,6 +35,8 @@ class Block:
 
 class Speedup(Protocol):
     """Replaces the forward of blocks. Used under the baton."""
+
+    for_encoders: bool  # whether it gains anything where a request passes once
 
     def take(self, blocks: Sequence[Block]) -> None:
         """Replace the forwards of a model's blocks, before their gates are hooked."""

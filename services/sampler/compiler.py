@@ -33,6 +33,8 @@ log = structlog.get_logger()
 class Compiler:
     """Owns what was compiled and the helper process. Use it under the baton; close it when riders have ended."""
 
+    for_encoders = False
+
     def __init__(self, engine: Engine, helper: Helper) -> None:
         self._engine = engine
         self._helper = helper

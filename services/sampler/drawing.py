@@ -15,11 +15,10 @@ from PIL import Image
 
 from services.sampler.faults import is_memory_full
 from services.sampler.gates import Gate
-from services.sampler.meter import has_passed
 from services.sampler.model import AttachedModel, is_encoder
+from services.sampler.pixels import OnHost, Pixels, drawn
 from services.sampler.previews import denoised_latents, preview_image
 from services.sampler.requests import ImageRequest, Phase, Progress
-from services.sampler.slots import new_event
 from services.sampler.work import Kind
 from services.sampler.workspace import MemoryMeter, ShortageMeter, Workspace
 
@@ -59,8 +58,8 @@ class Drawing:
         self.step = 0
 
     @torch.inference_mode()
-    def draw(self) -> Image.Image:
-        """Run the pipeline; returns the picture. Raises what the gates raise, and DeviceMemoryFull."""
+    def draw(self) -> Pixels:
+        """Run the pipeline; returns the picture on its way. Raises what the gates raise, and DeviceMemoryFull."""
         traits = self._model.traits
         try:
             with self._workspace.room(self._kind, traits.size_multiple_px, traits.can_tile) as self._meter:
@@ -73,7 +72,7 @@ class Drawing:
         finally:
             self._enter_phase(None)
 
-    def _attempt(self) -> Image.Image | None:
+    def _attempt(self) -> Pixels | None:
         """The picture, from its beginning; None if memory was short (not raised: a traceback would hold memory)."""
         self.step, self._sigmas = 0, None
         self._shortage = ShortageMeter(self._workspace.failures)
@@ -84,7 +83,7 @@ class Drawing:
             # Noise comes from the CPU's generator on every device: the same seed is the same noise everywhere.
             generator = torch.Generator("cpu").manual_seed(self._request.seed_of(self._index))
             arguments = self._model.traits.call_arguments(self._request)
-            picture: Image.Image = view(**arguments, generator=generator, output_type="pil").images[0]
+            picture = drawn(view, arguments | {"generator": generator})
         except RuntimeError as error:
             if not is_memory_full(error):
                 raise
@@ -152,9 +151,11 @@ class Drawing:
 
     def _sigma_after(self, scheduler: Any) -> float | None:
         if self._sigmas is None:
-            self._sigmas = OnHost(getattr(scheduler, "sigmas", None))
-        sigmas, at = self._sigmas.numbers(), getattr(scheduler, "step_index", None)
-        return sigmas[at] if at is not None and at < len(sigmas) else None
+            self._sigmas = OnHost(torch.as_tensor(getattr(scheduler, "sigmas", ())))
+        sigmas, at = self._sigmas, getattr(scheduler, "step_index", None)
+        if at is None or at >= len(sigmas.tensor) or not sigmas.has_arrived():
+            return None
+        return float(sigmas.tensor[at])
 
     def _wants_preview(self, step_count: int) -> bool:
         every = self._request.preview_every
@@ -167,24 +168,3 @@ class Drawing:
             self._emit_preview(self.step, preview_image(view, latents, size, self._request.preview_edge_px))
         finally:
             self._previewing = False
-
-
-class OnHost:
-    """A tensor's numbers, once the device has got so far: nobody waits for it."""
-
-    def __init__(self, tensor: object) -> None:
-        self._numbers: list[float] | None = None
-        if not isinstance(tensor, torch.Tensor):
-            self._numbers = []
-        elif tensor.device.type != "cuda":
-            self._numbers = tensor.tolist()
-        else:
-            self._copy = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
-            self._arrived = new_event()
-            self._arrived.record(torch.cuda.current_stream(tensor.device))
-
-    def numbers(self) -> list[float]:
-        """Empty while they are on their way."""
-        if self._numbers is None and has_passed(self._arrived):
-            self._numbers = self._copy.tolist()
-        return self._numbers or []

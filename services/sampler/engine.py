@@ -91,6 +91,17 @@ class Engine:
         """Look again: more extents are READY."""
         self._tell(self._sweeps.wake)
 
+    def lost(self, error: Exception) -> DeviceGone | None:
+        """What an error seen outside of riders' work says of the device: if that it is lost, all riders end."""
+        if not is_lost(error, self.transfer.device):
+            return None
+
+        def end() -> None:
+            self._lose(error)
+
+        self._tell(end)
+        return device_gone()
+
     # ---- called by riders, holding the baton
 
     def arrive(self, gate: Gate) -> None:
@@ -273,7 +284,7 @@ class Engine:
     def _lose(self, error: BaseException) -> DeviceGone:
         """The device is lost: end everybody, now and from now on."""
         if self.gone is None:
-            self.gone = DeviceGone("this replica's device has failed and the replica ends: try another one")
+            self.gone = device_gone()
             log.error("the device is lost", device=str(self.transfer.device), exc_info=error)
             self.on_gone()
         self._end([*self._sweeps.standing(), *self._away], self.gone)
@@ -283,3 +294,7 @@ class Engine:
         mark, rider.mark = rider.mark, None
         if mark is not None and rider.gate is not None:
             self._meter.stop(mark, functools.partial(self._sweeps.took, rider, rider.gate))
+
+
+def device_gone() -> DeviceGone:
+    return DeviceGone("this replica's device has failed and the replica ends: try another one")

@@ -173,6 +173,8 @@ class Graphs:
     A layout of arguments is recorded when a block meets it for the second time: what comes once is not worth it.
     """
 
+    for_encoders = True
+
     def __init__(
         self,
         device: torch.device,

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+Wait = Callable[[Callable[[Callable[[], None]], None]], None]
+
 LIMIT_BYTES = 64 << 20  # of device memory; a prompt takes 0.3 to 4 MB
 
 
@@ -23,27 +25,40 @@ class PromptMemo:
         self.size_bytes = 0
         self._limit_bytes = limit_bytes
         self._results: OrderedDict[Hashable, object] = OrderedDict()
+        self._waiting: dict[Hashable, list[Callable[[], None]]] = {}  # for who encodes the same now
 
-    def wrap(self, encode: Callable[..., Any]) -> Callable[..., Any]:
-        """`encode`, asked only for arguments not seen before. Results are copies: pipelines may write to them."""
+    def wrap(self, encode: Callable[..., Any], wait: Wait) -> Callable[..., Any]:
+        """`encode`, asked only for arguments not seen before. Results are copies: pipelines may write to them.
+
+        While another rider encodes the same, `wait` is called: it returns when what it hands over was called.
+        """
 
         @functools.wraps(encode)
         def remembered(*args: object, **options: object) -> object:
             key = freeze((args, options))
             if key is None:
                 return encode(*args, **options)
+            while key not in self._results and key in self._waiting:
+                wait(self._waiting[key].append)
             if key not in self._results:
-                result = encode(*args, **options)
-                self._keep(key, copied(result))
-                return result
+                return self._encode(key, lambda: encode(*args, **options))
             self._results.move_to_end(key)
             return copied(self._results[key])
 
         return remembered
 
+    def _encode(self, key: Hashable, encode: Callable[[], object]) -> object:
+        self._waiting[key] = []
+        try:
+            result = encode()
+            self._keep(key, copied(result))
+            return result
+        finally:
+            for done in self._waiting.pop(key):
+                done()
+
     def _keep(self, key: Hashable, result: object) -> None:
-        # Riders that came with the same prompt at once have each encoded it.
-        self.size_bytes += size_of(result) - size_of(self._results.get(key))
+        self.size_bytes += size_of(result)
         self._results[key] = result
         while self.size_bytes > self._limit_bytes:
             _, forgotten = self._results.popitem(last=False)

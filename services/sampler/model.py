@@ -1,9 +1,7 @@
 """A model attached to a sampler: the shared pipeline, its gates, and the view of it that one request gets.
 
-A request's view is a shallow copy of the pipeline with a scheduler of its own. Denoisers and text encoders are shared
-modules with gates on them. An autoencoder is called by `decode`, may keep state on itself and may be cast in
-mid-request, so each request has its own tree of the autoencoder's modules; only the bytes of its params are shared,
-and they are bound for the time of a decode.
+A request's view is a shallow copy of the pipeline with a scheduler and autoencoders of its own (views.py). Denoisers
+and text encoders are shared modules with gates on them.
 """
 
 from __future__ import annotations
@@ -28,6 +26,7 @@ from services.sampler.guard import Guard
 from services.sampler.memo import PromptMemo
 from services.sampler.tiling import switch_on
 from services.sampler.traits import Traits
+from services.sampler.views import unit_view, view_class
 
 # Steps that a picture takes, about: what of a denoiser stays on the device saves so many copies, of an encoder one.
 DENOISE_PASSES = 8
@@ -105,16 +104,17 @@ class AttachedModel:
                 tensor.data = tensor.data.to(device)
 
     def _speed_up(self, speedups: Sequence[Speedup], config: Path) -> None:
-        """Replace the forward of what a denoiser repeats; `config` is the pipeline's folder."""
+        """Replace the forward of what denoisers and encoders repeat; `config` is the pipeline's folder."""
         for component in self.components:
-            if component.name in self.units or is_encoder(component.name):
+            if component.name in self.units:
                 continue
-            gates = self.gates_of(component.name)
+            gates, encodes = self.gates_of(component.name), is_encoder(component.name)
             blocks = blocks_of(component.module, config / component.name, gates)
-            tell = log.info if blocks else log.warning  # a denoiser that is one gate has no blocks
+            tell = log.info if blocks or encodes else log.warning  # a denoiser that is one gate has no blocks
             tell("blocks", model=self.name, component=component.name, blocks=len(blocks), gates=len(gates))
             for speedup in speedups:
-                speedup.take(blocks)
+                if speedup.for_encoders or not encodes:
+                    speedup.take(blocks)
 
     def _install_hooks(self) -> None:
         for gate in self.gates:
@@ -141,8 +141,13 @@ class AttachedModel:
             switch_on(parts["vae"])  # this request's tree
         view.__dict__.update(parts)  # setattr would write them into the pipeline's config
         if hasattr(view, "encode_prompt"):
-            view.__dict__["encode_prompt"] = self.memo.wrap(view.encode_prompt)
+            view.__dict__["encode_prompt"] = self.memo.wrap(view.encode_prompt, self._wait_for_encoder)
         return view
+
+    def _wait_for_encoder(self, start: Callable[[Callable[[], None]], None]) -> None:
+        """Stand where prompts are encoded until another rider has encoded this one."""
+        encoders = [gate for gate in self.gates if is_encoder(gate.component) and not gate.pinned]
+        self.engine.stand_by(encoders[0], start)
 
     def bring_pinned(self) -> None:
         """Stop until what lies outside all other gates is there; a rider's first gates."""
@@ -206,45 +211,3 @@ def ids_to_host(module: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Ten
 
 def rows_to(device: torch.device, module: nn.Module, args: object, rows: torch.Tensor) -> torch.Tensor:
     return rows.to(device)
-
-
-def view_class(pipeline_class: type, device: torch.device) -> type:
-    """The pipeline's class, told where it runs: it would look at params, which may be anywhere at the moment."""
-    here = property(lambda self: device)
-    return type(pipeline_class.__name__, (pipeline_class,), {"_execution_device": here, "device": here})
-
-
-def unit_view(engine: Engine, gate: Gate, absent: Absent) -> Any:
-    """A tree of the unit's modules for one request; its params have bytes only inside `decode` and `encode`.
-
-    A cast of the tree (an upcasting pipeline) changes this request's params only, and is honoured when they are bound.
-    """
-    shared = [p.tensor for p in gate.params]
-    own = [nn.Parameter(absent.like(p.view), requires_grad=p.tensor.requires_grad) for p in gate.params]
-    memo: dict[int, object] = {id(b): b for b in gate.module.buffers()}
-    memo |= {id(t): o for t, o in zip(shared, own, strict=True)}
-    unit: Any = copy.deepcopy(gate.module, memo)
-    for name in ("decode", "encode"):
-        if hasattr(unit, name):
-            unit.__dict__[name] = bound_while(engine, gate, own, absent, getattr(unit, name))
-    return unit
-
-
-def bound_while(
-    engine: Engine, gate: Gate, own: list[nn.Parameter], absent: Absent, call: Callable[..., object]
-) -> Callable[..., object]:
-    """`call`, stopped at the gate and with `own` bound to its bytes."""
-
-    @functools.wraps(call)
-    def gated(*args: object, **options: object) -> object:
-        engine.arrive(gate)
-        for param, bytes_ in zip(own, engine.transfer.views(gate), strict=True):
-            param.data = bytes_.to(param.dtype)
-        try:
-            return call(*args, **options)
-        finally:
-            for param in own:
-                param.data = absent.like(param.data)
-            engine.leave(gate)
-
-    return gated

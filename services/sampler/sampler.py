@@ -17,6 +17,7 @@ from services.sampler.drawing import Drawing, EmitPreview
 from services.sampler.engine import Engine
 from services.sampler.library import Library
 from services.sampler.model import AttachedModel
+from services.sampler.pixels import Pixels
 from services.sampler.requests import Event, Finished, ImageRequest, Phase, Picture, Preview, Progress, Queued, Started
 from services.sampler.riders import Rider
 from services.sampler.tiling import TileRule
@@ -193,11 +194,14 @@ class Job:
     def _outcome(self, rider: Rider, index: int) -> Event | Exception:
         if isinstance(rider.error, Exception):
             return rider.error
-        if not isinstance(rider.result, Image.Image):
-            return RuntimeError(f"a pipeline returned {type(rider.result).__name__}, not a picture")
+        assert isinstance(rider.result, Pixels)
+        try:
+            image = rider.result.image()
+            file = png(image)
+        except Exception as error:  # nobody else hears of it in this thread
+            return self._sampler.engine.lost(error) or error
         self._sampler.image_count += 1
-        width, height = rider.result.size
-        return Picture(index, png(rider.result), width, height, self._request.seed_of(index))
+        return Picture(index, file, *image.size, self._request.seed_of(index))
 
     def cancel(self) -> None:
         """End what still rides, at the next gate, and start nothing more."""

@@ -12,8 +12,8 @@ from enum import Enum
 from typing import Any
 
 # A decode is at its peak in its last block, at full resolution: activations and the scratch memory of convolutions.
-# Plain diffusers' two pictures of 1024x688 at once peaked at 8.7 GB with FLUX.1's autoencoder in bfloat16.
-BUFFERS = 12
+# A picture of 1024x688 took 1.8 GB on an H100 with FLUX.1's autoencoder in bfloat16.
+BUFFERS = 5
 # Channels there, of most autoencoders, where the config has them under no name known here.
 USUAL_CHANNELS = 256
 # Edge of a tile at most, pixels. Autoencoders would tile from the size that they were trained at, which needs much.

@@ -135,7 +135,7 @@ def draw_here(model: AttachedModel, index: int) -> str:
     drawing = Drawing(
         model, workspace, model.traits.resolve(request), 0, lambda progress: None, lambda step, image: None
     )
-    return hashlib.sha256(png(under_baton(model.engine, drawing.draw))).hexdigest()
+    return hashlib.sha256(png(under_baton(model.engine, drawing.draw).image())).hexdigest()
 
 
 def test_one_program_for_all_blocks_of_a_kind(stack: Stack, compiler_of: CompilerOf, together: list[str]) -> None:

@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch import nn
 
-from services.errors import Cancelled, HeadwaterError
+from services.errors import Cancelled, DeviceGone, HeadwaterError
 from services.sampler.engine import Engine
 from services.sampler.gates import Gate
 from services.sampler.riders import Rider
 from services.sampler.transfer import ArenaViews
+from tests.sampler.world import fault
 
 
 class Bytes:
@@ -222,6 +223,20 @@ def test_a_fill_that_fails_ends_who_waits(road: Road) -> None:
     done.result(20)
 
     assert isinstance(rider.error, HeadwaterError)
+
+
+def test_a_device_that_is_lost_outside_of_riders_work(road: Road) -> None:
+    """An error while a finished picture is fetched ends all riders, if it says that the device is gone; else nobody."""
+    road.gates[1].ready = False
+    waits = threading.Event()
+    rider, done = road.drive(on_gate=lambda gate, waiting: waits.set() if waiting else None)
+    assert waits.wait(20)
+    assert road.engine.lost(ValueError("no picture")) is None
+    assert road.engine.gone is None
+    assert isinstance(road.engine.lost(fault()), DeviceGone)
+    done.result(20)
+
+    assert isinstance(rider.error, DeviceGone)
 
 
 def test_a_broken_transfer_fails_its_riders_only(road: Road) -> None:

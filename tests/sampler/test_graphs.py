@@ -45,7 +45,7 @@ def drawn(model: AttachedModel, index: int) -> str:
     drawing = Drawing(
         model, workspace, model.traits.resolve(request), 0, lambda progress: None, lambda step, image: None
     )
-    return hashlib.sha256(under_baton(model.engine, drawing.draw).tobytes()).hexdigest()
+    return hashlib.sha256(under_baton(model.engine, drawing.draw).image().tobytes()).hexdigest()
 
 
 def pictures(stack: Stack, ring: Ring, *graphs: Graphs) -> list[str]:

@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from concurrent.futures import Future
+from threading import Event, Thread
+
+import pytest
 import torch
 
+from services.sampler.budget import Budget
+from services.sampler.drawing import Drawing
 from services.sampler.memo import PromptMemo
+from services.sampler.requests import ImageRequest
+from services.sampler.riders import Rider
+from services.sampler.ring import Ring
+from services.sampler.work import WorkMemory
+from services.sampler.workspace import Workspace
+from tests.sampler.inprocess import attached
+from tests.stack import Stack
+
+
+def never(start: object) -> None:
+    """Nobody else encodes."""
+    raise AssertionError
 
 
 def test_a_repeated_prompt_is_not_encoded_again() -> None:
@@ -15,7 +35,7 @@ def test_a_repeated_prompt_is_not_encoded_again() -> None:
         calls.append(prompt)
         return [torch.full((2,), float(len(prompt)))], None
 
-    remembered = PromptMemo().wrap(encode)
+    remembered = PromptMemo().wrap(encode, never)
     first = remembered("fox", device=torch.device("cpu"))
     first[0][0].zero_()
     again = remembered("fox", device=torch.device("cpu"))
@@ -29,7 +49,7 @@ def test_a_repeated_prompt_is_not_encoded_again() -> None:
 def test_tensors_among_the_arguments_are_not_remembered() -> None:
     """A caller's own embeddings are no key."""
     calls: list[int] = []
-    remembered = PromptMemo().wrap(lambda embeds: calls.append(1))
+    remembered = PromptMemo().wrap(lambda embeds: calls.append(1), never)
     remembered(torch.zeros(2))
     remembered(torch.zeros(2))
 
@@ -45,7 +65,7 @@ def test_the_least_recently_used_goes_first() -> None:
         return [torch.zeros(25)]
 
     memo = PromptMemo(limit_bytes=200)
-    remembered = memo.wrap(encode)
+    remembered = memo.wrap(encode, never)
     for prompt in ("a", "b", "a", "c", "a", "b"):
         remembered(prompt)
 
@@ -53,15 +73,53 @@ def test_the_least_recently_used_goes_first() -> None:
     assert memo.size_bytes == 200
 
 
-def test_a_prompt_encoded_twice_at_once_counts_once() -> None:
-    """Two riders with one prompt that is not remembered yet both encode it."""
-    memo = PromptMemo()
+def test_equal_prompts_at_once_are_encoded_once() -> None:
+    """Who comes while another rider encodes the same waits for it, and encodes by itself if that one failed."""
+    memo, calls = PromptMemo(), list[str]()
 
-    def encode(depth: int) -> torch.Tensor:
-        if depth == 0 and not memo.size_bytes:
-            memo.wrap(lambda again: torch.zeros(4))(depth)  # the other rider, in the middle of this one's call
+    def encode(prompt: str) -> torch.Tensor:
+        calls.append(prompt)
+        if len(calls) == 1:  # another rider comes now, waits, and is told when this one has failed
+            late = Thread(target=lambda: late_results.append(memo.wrap(encode, wait)(prompt)))
+            late.start()
+            came.wait(10)
+            threads.append(late)
+            raise ValueError("no luck")
         return torch.zeros(4)
 
-    memo.wrap(encode)(0)
+    def wait(start: Callable[[Callable[[], None]], None]) -> None:
+        told = Event()
+        start(told.set)
+        came.set()
+        told.wait(10)
 
+    came, threads, late_results = Event(), list[Thread](), list[object]()
+    with pytest.raises(ValueError, match="no luck"):
+        memo.wrap(encode, wait)("fox")
+    threads[0].join(10)
+
+    assert calls == ["fox", "fox"]
     assert memo.size_bytes == 16
+    assert len(late_results) == 1
+
+
+def test_riders_with_one_prompt_share_its_encoding(stack: Stack) -> None:
+    """Two pictures of a request ride at once; the text encoder's layers run for one of them."""
+    with attached(stack, "tiny", Ring(torch.device("cpu"), Budget(1 << 40), keep_residents=False), 400_000) as model:
+        passes: list[object] = []
+        model.pipeline.text_encoder.layers[0].register_forward_hook(lambda *_: passes.append(None))
+        request = model.traits.resolve(ImageRequest("tiny", "a red fox", "r", width_px=64, height_px=64, step_count=2))
+        workspace = Workspace(model.engine, WorkMemory(0))
+        ended: list[Future[None]] = [Future() for _ in range(3)]
+        riders = []
+        for index, end in enumerate(ended):
+            drawing = Drawing(model, workspace, request, index, lambda progress: None, lambda step, image: None)
+            done = functools.partial(lambda end, rider: end.set_result(None), end)
+            riders.append(Rider(lambda _, drawing=drawing: drawing.draw(), done, drawing.passed, drawing.paused))
+        for rider in riders:
+            model.engine.ride(rider)
+        for end in ended:
+            end.result(60)
+
+    assert [rider.error for rider in riders] == [None] * 3
+    assert len(passes) == 1

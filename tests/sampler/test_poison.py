@@ -36,7 +36,7 @@ def draw(model: AttachedModel) -> NDArray[np.uint8]:
     resolved = model.traits.resolve(REQUEST)
     workspace = Workspace(model.engine, WorkMemory(0))
     drawing = Drawing(model, workspace, resolved, 0, lambda progress: None, lambda step, image: None)
-    picture = under_baton(model.engine, drawing.draw)
+    picture = under_baton(model.engine, drawing.draw).image()
     return pixels(picture)
 
 

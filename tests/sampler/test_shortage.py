@@ -12,6 +12,7 @@ from services.errors import DeviceMemoryFull
 from services.sampler.budget import Budget
 from services.sampler.drawing import Drawing
 from services.sampler.model import AttachedModel
+from services.sampler.pixels import Pixels
 from services.sampler.requests import ImageRequest
 from services.sampler.riders import Rider
 from services.sampler.ring import Ring
@@ -47,8 +48,8 @@ def drawn(model: AttachedModel, workspace: Workspace) -> Image.Image:
     ended.result(60)
     if rider.error is not None:
         raise rider.error
-    assert isinstance(rider.result, Image.Image)
-    return rider.result
+    assert isinstance(rider.result, Pixels)
+    return rider.result.image()
 
 
 def test_a_picture_is_drawn_again_with_more_room(stack: Stack) -> None:

@@ -76,10 +76,10 @@ def test_only_a_positive_budget_counts(device: str, max_vram: str, budget_gib: i
     ],
 )
 def test_a_decode_costs_its_widest_layer_at_full_resolution(config: dict[str, object], channels: int) -> None:
-    """Twelve buffers of it; an 11 GiB budget tiles Z-Image's 1536x1024 and not its 1024x1024."""
-    assert decode_px_bytes(config, 2) == 12 * 2 * channels
-    assert TileRule(budget_bytes=11 * GIB).tiles(1536 * 1024, 12 * 2 * 256)
-    assert not TileRule(budget_bytes=11 * GIB).tiles(1024 * 1024, 12 * 2 * 256)
+    """Five buffers of it; an 11 GiB budget tiles Z-Image's 2048x2048 and not its 1536x1536."""
+    assert decode_px_bytes(config, 2) == 5 * 2 * channels
+    assert TileRule(budget_bytes=11 * GIB).tiles(2048 * 2048, 5 * 2 * 256)
+    assert not TileRule(budget_bytes=11 * GIB).tiles(1536 * 1536, 5 * 2 * 256)
 
 
 def test_tiles_are_small_where_an_autoencoders_own_are_not() -> None:
@@ -112,9 +112,9 @@ def test_the_request_beats_the_rule(tmp_path: Path) -> None:
     traits = traits_of(pipeline, tmp_path)
     always, never = TileRule(TiledDecode.ALWAYS), TileRule(TiledDecode.NEVER)
 
-    assert traits.decode_px_bytes == 12 * 4 * 16  # 8 and 16 channels, float32
-    assert traits_of(pipeline.to(torch.bfloat16), tmp_path).decode_px_bytes == 12 * 2 * 16
-    assert traits_of(pipeline.to(torch.float16), tmp_path).decode_px_bytes == 12 * 4 * 16  # upcast
+    assert traits.decode_px_bytes == 5 * 4 * 16  # 8 and 16 channels, float32
+    assert traits_of(pipeline.to(torch.bfloat16), tmp_path).decode_px_bytes == 5 * 2 * 16
+    assert traits_of(pipeline.to(torch.float16), tmp_path).decode_px_bytes == 5 * 4 * 16  # upcast
     assert (resolved(traits, None, always), resolved(traits, None, never)) == (True, False)
     assert (resolved(traits, False, always), resolved(traits, True, never)) == (False, True)
     assert "tiled_decode" in traits.request_fields
