@@ -16,6 +16,8 @@ from services.params.arena import AttachedArena
 
 # The driver locks 10 to 23 GB a second: a chunk takes some 20 ms. Copies are cut where chunks end.
 CHUNK_BYTES = 256 << 20
+# While it locks, the driver lets no other thread near the device, nor afterwards if the next chunk follows at once.
+PAUSE_S = 0.001
 
 log = structlog.get_logger()
 
@@ -110,7 +112,9 @@ class Registrar:
         while self._more.wait():
             self._more.clear()
             while not self.is_done():
-                if not self._lock_one():
+                if self._lock_one():
+                    time.sleep(PAUSE_S)
+                else:
                     self._more.wait(0.05)  # what is left is not READY yet
 
     def _lock_one(self) -> bool:
