@@ -123,6 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, help="written by bench/checkpoint.py z-image; made if it is not there")
     parser.add_argument("--size", type=int, nargs=2, default=(512, 512), metavar="PX")
     parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--only", choices=("steps", "pipelines"), help="one of the two parts")
     parser.add_argument("--numerics", choices=("eager", "compiled"), default="eager")
     parser.add_argument("--cuda-graphs", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the code")
@@ -138,14 +139,20 @@ def main(arguments: list[str] | None = None) -> None:
         models = {"m": denoiser_only(folder, Path(disk) / "m"), "z": folder}
         with running(Path(disk), models) as stack:
             stack.loader("--eager-load", extent_bytes="64KiB" if options.tiny else "64MiB")
-            steps, claims = shared_steps(stack, options, arithmetic, device)
+            steps, claims = (
+                ([], {}) if options.only == "pipelines" else shared_steps(stack, options, arithmetic, device)
+            )
             note("riders", claims)
-            requests, more = whole_pipelines(stack, options, arithmetic, device)
-    table(
-        f"one step of Z-Image's transformer at {options.size[0]}x{options.size[1]}, nothing resident",
-        list(steps[0]), [list(row.values()) for row in steps],
-    )  # fmt: skip
-    table("four requests over gRPC, nothing resident", list(requests[0]), [list(row.values()) for row in requests])
+            requests, more = (
+                ([], {}) if options.only == "steps" else whole_pipelines(stack, options, arithmetic, device)
+            )
+    if steps:
+        table(
+            f"one step of Z-Image's transformer at {options.size[0]}x{options.size[1]}, nothing resident",
+            list(steps[0]), [list(row.values()) for row in steps],
+        )  # fmt: skip
+    if requests:
+        table("four requests over gRPC, nothing resident", list(requests[0]), [list(row.values()) for row in requests])
     table("ratios of this run", ("", ""), list((claims | more).items()))
     arithmetics = {"numerics": options.numerics, "cuda_graphs": options.cuda_graphs}
     report(

@@ -9,7 +9,6 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 
 from services.sampler.meter import has_passed
-from services.sampler.slots import new_event
 
 
 class OnHost:
@@ -20,7 +19,8 @@ class OnHost:
         self._arrived: torch.cuda.Event | None = None
         if tensor.device.type == "cuda":
             self.tensor = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
-            self._arrived = new_event()
+            # Blocking: who waits leaves its core to others.
+            self._arrived = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             self._arrived.record(torch.cuda.current_stream(tensor.device))
 
     def has_arrived(self) -> bool:
