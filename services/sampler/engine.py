@@ -234,7 +234,7 @@ class Engine:
         self.transfer.enter(gate)
         self._open = gate
         try:
-            self.transfer.prefetch(gate, self._sweeps.track(gate).after(gate))
+            self.transfer.prefetch(gate, self._sweeps.after(gate))
         except Exception as error:
             if not is_memory_full(error):
                 raise

@@ -14,7 +14,7 @@ not depend on how many riders or gates there are; sorting is done once a sweep.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from heapq import heappop, heappush
 
 from services.sampler.estimates import StepCosts
@@ -80,6 +80,10 @@ class Sweep:
     def at_place(self, place: int) -> Sequence[Rider]:
         return self._standing.get(place, ())
 
+    def is_last_pass(self) -> bool:
+        """Whether everybody who stands here makes the last step: the bus is wanted elsewhere then."""
+        return all(rider.steps_left() == 1 for riders in self._standing.values() for rider in riders)
+
     def pop(self) -> Rider:
         """The first of those at the gate that it brings goes on."""
         riders = self._standing[self.at]
@@ -113,6 +117,12 @@ class Sweeps:
         if track is None:
             track = self._tracks[gate.arena] = Track(gate.component)
         return track
+
+    def after(self, gate: Gate) -> Iterator[Gate]:
+        """The gates that will be needed after one that the sweep comes to, nearest first."""
+        track, sweep = self.track(gate), self._sweep
+        is_last = sweep is not None and sweep.track is track and not track.waiting and sweep.is_last_pass()
+        return track.after(gate, is_last)
 
     # ---- riders come and go
 

@@ -29,11 +29,11 @@ class Track:
         elif before in self.place and self.place[gate] < self.place[before]:
             self.cycles = True
 
-    def after(self, gate: Gate) -> Iterator[Gate]:
+    def after(self, gate: Gate, is_last_pass: bool = False) -> Iterator[Gate]:
         """The gates that will be needed after `gate`, nearest first; then the next forward's, if one follows."""
         at = self.place[gate] + 1
         yield from self.learnt[at:]
-        if self.cycles:
+        if self.cycles and not is_last_pass:
             yield from self.learnt[:at]
 
     def __repr__(self) -> str:

@@ -61,6 +61,19 @@ def known(world: World, gates: list[Stop], *costs_s: float) -> None:
     world.bus.streamed_bytes = 0
 
 
+def test_nothing_is_brought_ahead_that_nobody_comes_for() -> None:
+    """After everybody's last step the bus is free for what follows, the autoencoder mostly."""
+    world = World()
+    gates = transformer(world, 1.0)
+    known(world, gates, 0.2)
+    world.bus.empty()
+    for steps in (3, 5):
+        world.arrival(world.now + 1, [(gates, steps)], 0.2)
+    world.run()
+
+    assert world.bus.streamed_bytes == 5 * GATES * BYTES_PER_S
+
+
 def test_riders_that_fit_share_every_sweep() -> None:
     """Four riders whose compute fits in the bus time take as long together as one alone."""
     world = World()

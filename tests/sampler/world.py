@@ -81,6 +81,10 @@ class Bus(ArenaViews):
         for following in near:
             self._bring(following)
 
+    def empty(self) -> None:
+        """Forget what was brought."""
+        self._slots.clear()
+
     def streamed_bytes_of(self, gate: Gate) -> int:
         return self.bytes_of[gate]
 
