@@ -210,10 +210,13 @@ def bind_transformers(
     if info["missing_keys"] or info.get("mismatched_keys"):
         names = sorted(map(str, [*info["missing_keys"], *info.get("mismatched_keys", [])]))
         raise ValueError(f"{len(names)} tensors are not in the checkpoint as needed, e.g. {', '.join(names[:3])}")
-    # Otherwise the first call installs them, in the middle of somebody's sweep.
     for part in module.modules():
         if isinstance(part, transformers.PreTrainedModel):
+            # Otherwise the first call installs them, in the middle of somebody's sweep.
             maybe_install_capturing_hooks(part)
+            # A prompt is read once. Keys and values kept for a next token are memory for nothing.
+            if hasattr(part.config, "use_cache"):
+                part.config.use_cache = False
     return module, {}
 
 

@@ -65,6 +65,8 @@ class Drawing:
             with self._workspace.room(self._kind, traits.size_multiple_px, traits.can_tile) as self._meter:
                 picture = self._attempt()
                 if picture is None and self._workspace.make_way():
+                    if self._meter is not None:
+                        self._meter.restart()
                     picture = self._attempt()
                 if picture is None:
                     raise self._workspace.too_large(self._kind, traits.size_multiple_px, traits.can_tile)

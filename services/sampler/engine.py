@@ -29,6 +29,7 @@ from services.sampler.gates import Gate
 from services.sampler.meter import Meter, WallMeter
 from services.sampler.riders import Rider
 from services.sampler.sweeps import Sweeps
+from services.sampler.threads import Threads
 from services.sampler.transfer import Transfer
 
 log = structlog.get_logger()
@@ -55,15 +56,17 @@ class Engine:
         self._runnable: deque[Rider] = deque()  # no gate to wait for: new, or to be ended
         self._sweeps = Sweeps(lambda gate: transfer.streamed_bytes_of(gate) / self._meter.bus_bytes_per_s)
         self._away: set[Rider] = set()  # waiting for what no gate brings
+        self._failed: dict[Gate, Exception] = {}  # gates whose bytes will not come
         self._open: Gate | None = None
         self._local = threading.local()
+        self._threads = Threads("rider")
 
     # ---- called from anywhere
 
     def ride(self, rider: Rider) -> None:
         """Start a rider; returns at once."""
         rider.seated_s = self._clock()
-        threading.Thread(target=self._run, args=(rider,), name="rider", daemon=True).start()
+        self._threads.start(lambda: self._run(rider))
 
     def cancel(self, rider: Rider) -> None:
         """End a rider's work at its next gate, or where it waits."""
@@ -78,11 +81,12 @@ class Engine:
         self._tell(free)
 
     def fail(self, gates: Iterable[Gate], error: Exception) -> None:
-        """End riders that wait at these gates for bytes that will not come."""
+        """End riders that wait at these gates for bytes that will not come, and those that come there later."""
 
         def end() -> None:
             for gate in gates:
                 if not gate.is_ready():
+                    self._failed[gate] = error  # for who comes later
                     self._end(self._sweeps.standing_at(gate), error)
 
         self._tell(end)
@@ -112,6 +116,8 @@ class Engine:
         self._stop_meter(rider)
         rider.raise_fault()
         parked = not gate.is_ready()
+        if parked and gate in self._failed:
+            raise self._failed[gate]
         if gate.pinned and not parked:
             self._pass_pinned(gate)
             rider.on_gate(gate, False)
@@ -157,6 +163,8 @@ class Engine:
     def forget(self, gates: list[Gate]) -> None:
         """Drop what was learnt of a model that goes. The caller holds the baton and no rider stands at these gates."""
         self._sweeps.forget(gates)
+        for gate in gates:
+            self._failed.pop(gate, None)
 
     # ---- the baton
 
@@ -173,6 +181,7 @@ class Engine:
             self._stop_meter(rider)
         except BaseException as error:
             rider.error = self._lose(error) if is_lost(error, self.transfer.device) else error
+        self._local.rider = None
         try:
             self._give_on(None)
         finally:

@@ -14,8 +14,13 @@ from services.sampler.riders import Rider
 KIND_LIMIT = 512
 
 
+# Something else may lengthen a stretch once (a kernel is loaded, a graph recorded); what became slower for good is
+# believed bit by bit.
+GROWTH = 1.1
+
+
 class PassCosts:
-    """Compute of one pass over a component's gates, by kind: for each gate the latest figure."""
+    """Compute of one pass over a component's gates, by kind: for each gate the latest figure, or little more."""
 
     def __init__(self) -> None:
         self._gate_s: dict[Hashable, dict[object, float]] = {}
@@ -32,8 +37,9 @@ class PassCosts:
                 del self._gate_s[oldest], self._pass_s[oldest]
             self._gate_s[kind], self._pass_s[kind] = {}, 0.0
         gates = self._gate_s[kind]
-        self._pass_s[kind] += seconds - gates.get(gate, 0.0)
-        gates[gate] = seconds
+        before = gates.get(gate, 0.0)
+        gates[gate] = min(seconds, GROWTH * before) if before else seconds
+        self._pass_s[kind] += gates[gate] - before
 
 
 class StepCosts:

@@ -6,8 +6,8 @@ Params lie in slots, of which there are few, and blocks of a kind lie in a slot 
 serves all of them. A resident block has its own.
 
 A graph launches the kernels that the block's forward launched, so its results have the same bits. That is not taken on
-trust: each block's first results for a layout of arguments are compared with its forward's, and a kind of block whose
-results differ is never replayed.
+trust: the first results that a block gets of a graph are compared with its forward's, and a kind of block whose results
+differ is never replayed.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ import functools
 import threading
 import time
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 import structlog
 import torch
 from torch._C import _cuda_endAllocateToPool, _cuda_releasePool
 
+from services.errors import DeviceMemoryFull
 from services.sampler.blocks import Block
 from services.sampler.budget import GRAPHS_BYTES
 from services.sampler.faults import is_memory_full
@@ -35,6 +36,8 @@ from services.sampler.slots import place_view
 GRAPH_LIMIT = 1024
 # Layouts of arguments that are remembered; callers choose sizes, so there may be any number.
 LAYOUT_LIMIT = 1024
+# What a block works in, as a multiple of its arguments and results: six for Z-Image's.
+WORK_FACTOR = 8
 # Full is full for so long: then all are dropped, and those in use are recorded again.
 CALM_S = 10.0
 
@@ -60,6 +63,10 @@ class Recorder(Protocol):
 
     def record(self, work: Callable[[], object]) -> Replay:
         """What `work` launches, without running it. Raises RuntimeError if it cannot be recorded, or memory is full."""
+        ...
+
+    def failures(self) -> int:
+        """Allocations on the device that failed so far."""
         ...
 
     def drop(self) -> None:
@@ -92,9 +99,14 @@ class CudaRecorder:
             self.held_bytes += torch.cuda.memory_reserved(self._device) - before
         return graph.replay
 
+    def failures(self) -> int:
+        return int(torch.cuda.memory_stats(self._device)["num_ooms"])
+
     def drop(self) -> None:
+        # A pool that no graph works in any more cannot be used again.
         self._pool = torch.cuda.graph_pool_handle()
         self.held_bytes = 0
+        torch.cuda.synchronize(self._device)  # replays may be under way
         torch.cuda.empty_cache()
 
     def _settle(self) -> None:
@@ -136,15 +148,24 @@ class CudaRecorder:
         index = torch.cuda.current_device()
         with suppress(RuntimeError):
             _cuda_endAllocateToPool(index, self._pool)
+        with suppress(RuntimeError):
             _cuda_releasePool(index, self._pool)
         self._pool = torch.cuda.graph_pool_handle()
+
+
+class Graph:
+    """A replay, and the blocks that got from it what their forward gives."""
+
+    def __init__(self, replay: Replay) -> None:
+        self.replay = replay
+        self.compared: WeakSet[Block] = WeakSet()
 
 
 class Recording:
     """One layout of arguments of a kind of block: where its graphs read and write."""
 
     def __init__(self, args: object, kwargs: object, result: object, alignment: int) -> None:
-        self.graphs: dict[Place, Replay] = {}
+        self.graphs: dict[Place, Graph] = {}
         self._twin = functools.partial(twin, alignment=alignment)
         self._args, self._kwargs, self._result = map_tensors(self._twin, [args, kwargs, result])
         self._given = list(tensors_in([self._args, self._kwargs]))
@@ -152,6 +173,11 @@ class Recording:
     @property
     def size_bytes(self) -> int:
         return sum(span_bytes(t) for t in tensors_in([self._args, self._kwargs, self._result]))
+
+    def fill(self, given: Iterable[torch.Tensor]) -> None:
+        """Take arguments."""
+        for still, fresh in zip(self._given, given, strict=True):
+            fill(still, fresh)
 
     def run(self, forward: Callable[..., object]) -> None:
         """What is recorded: a forward on the arguments kept here."""
@@ -161,9 +187,8 @@ class Recording:
 
     def play(self, place: Place, given: Sequence[torch.Tensor]) -> object:
         """The result for these arguments, of the block whose params lie at `place`."""
-        for still, fresh in zip(self._given, given, strict=True):
-            fill(still, fresh)
-        self.graphs[place]()
+        self.fill(given)
+        self.graphs[place].replay()
         return map_tensors(lambda still: fill(self._twin(still), still), self._result)
 
 
@@ -184,11 +209,12 @@ class Graphs:
     ) -> None:
         self.limit_bytes = limit_bytes
         self.replay_count = 0
+        self.failures = 0  # allocations that failed while something was recorded: no harm was done
         self._device = device
         self._recorder = recorder
         self._clock = clock
         self._recordings: dict[Signature, Recording] = {}
-        self._met: dict[Signature, WeakKeyDictionary[Block, bool]] = {}  # True: its results were compared
+        self._met: dict[Signature, WeakSet[Block]] = {}
         self._refused: set[str] = set()  # kinds of blocks
         self._full_s: float | None = None  # since when
 
@@ -199,7 +225,12 @@ class Graphs:
     @property
     def held_bytes(self) -> int:
         """Device memory that recordings take."""
-        return self._recorder.held_bytes + sum(r.size_bytes for r in list(self._recordings.values()))
+        return self._recorder.held_bytes + self.kept_bytes
+
+    @property
+    def kept_bytes(self) -> int:
+        """What of it torch counts as allocated: arguments and results."""
+        return sum(recording.size_bytes for recording in list(self._recordings.values()))
 
     def take(self, blocks: Sequence[Block]) -> None:
         """Record these blocks' forwards, as they are now, and replay them."""
@@ -211,6 +242,13 @@ class Graphs:
         self._recordings.clear()
         self._recorder.drop()
         self._full_s = None
+
+    def make_way(self) -> bool:
+        """Give all memory back and record nothing for a while; False if there was nothing."""
+        had_any = bool(self._recordings)
+        self.clear()
+        self._full_s = self._clock()
+        return had_any
 
     def _recorded(self, block: Block) -> Callable[..., object]:
         forward = block.module.forward
@@ -231,22 +269,22 @@ class Graphs:
         layout = (block.kind, signature(args), signature(kwargs), offsets)
         met = self._blocks_that_met(layout)
         recording = self._recordings.get(layout)
-        if recording is not None and place in recording.graphs and met.get(block, False):
+        if recording is not None and place in recording.graphs and block in recording.graphs[place].compared:
             self.replay_count += 1
             return recording.play(place, given)
         result = forward(*args, **kwargs)
         if block not in met:
-            met[block] = False
+            met.add(block)
         elif block.kind not in self._refused and self._may_record():
             self._record(layout, block, forward, place, (args, kwargs, result))
         return result
 
-    def _blocks_that_met(self, layout: Signature) -> WeakKeyDictionary[Block, bool]:
+    def _blocks_that_met(self, layout: Signature) -> WeakSet[Block]:
         if layout not in self._met:
             if len(self._met) >= LAYOUT_LIMIT:
                 self._met.clear()
                 self.clear()
-            self._met[layout] = WeakKeyDictionary()
+            self._met[layout] = WeakSet()
         return self._met[layout]
 
     def _may_record(self) -> bool:
@@ -260,28 +298,35 @@ class Graphs:
         self, layout: Signature, block: Block, forward: Callable[..., object], place: Place, call: tuple[Any, Any, Any]
     ) -> None:
         """Record a call that was just made, and compare what a replay gives with its result."""
-        args, kwargs, result = call
+        failures = self._recorder.failures()
         try:
-            recording = self._recordings.get(layout)
-            if recording is None:
-                recording = self._new_recording(args, kwargs, result)
-                self._recorder.warm_up(functools.partial(recording.run, forward))
-            if place not in recording.graphs:
-                recording.graphs[place] = self._recorder.record(functools.partial(recording.run, forward))
-            if not self._met[layout][block]:
-                compare(result, recording.play(place, list(tensors_in([args, kwargs]))))
-        except UnrecordableError as error:
-            self._refuse(block, str(error))
-        except RuntimeError as error:
-            if is_memory_full(error):
+            self._record_and_compare(layout, block, forward, place, call)
+        except Exception as error:  # the caller has its result, whatever went wrong here
+            if is_memory_full(error) or self._recorder.failures() > failures:
                 self._full_s = self._clock()
-            else:  # it waits for the device, or asks the host
+            else:  # it waits for the device, asks the host, or keeps something to itself
                 self._refuse(block, str(error))
-        else:
-            self._recordings[layout] = recording
-            self._met[layout][block] = True
-            if self.held_bytes > self.limit_bytes or self.graph_count >= GRAPH_LIMIT:
-                self._full_s = self._clock()
+        self.failures += self._recorder.failures() - failures
+        if not self._recordings:
+            self._recorder.drop()
+        elif self.held_bytes > self.limit_bytes or self.graph_count >= GRAPH_LIMIT:
+            self._full_s = self._clock()
+
+    def _record_and_compare(
+        self, layout: Signature, block: Block, forward: Callable[..., object], place: Place, call: tuple[Any, Any, Any]
+    ) -> None:
+        args, kwargs, result = call
+        given = list(tensors_in([args, kwargs]))
+        recording = self._recordings.get(layout)
+        if recording is None:
+            recording = self._new_recording(args, kwargs, result)
+            recording.fill(given)
+            self._recorder.warm_up(functools.partial(recording.run, forward))
+        if place not in recording.graphs:
+            recording.graphs[place] = Graph(self._recorder.record(functools.partial(recording.run, forward)))
+        compare(result, recording.play(place, given))
+        recording.graphs[place].compared.add(block)
+        self._recordings[layout] = recording
 
     def _new_recording(self, args: object, kwargs: object, result: object) -> Recording:
         if not all(map(is_plain, (args, kwargs, result))):
@@ -289,6 +334,9 @@ class Graphs:
         if any(t.device != self._device for t in tensors_in([args, kwargs, result])):
             # Numbers in host memory would be read once, when it is recorded.
             raise UnrecordableError("an argument or result lies in host memory")
+        size_bytes = sum(map(span_bytes, tensors_in([args, kwargs, result])))
+        if self.kept_bytes + size_bytes + max(self._recorder.held_bytes, WORK_FACTOR * size_bytes) > self.limit_bytes:
+            raise DeviceMemoryFull("no room for this layout's graphs")
         return Recording(args, kwargs, result, self._recorder.alignment)
 
     def _refuse(self, block: Block, reason: str) -> None:

@@ -61,6 +61,7 @@ class Ring:
         self._absent = Absent(device)
         self._unbound: dict[int, torch.Tensor] = {}  # by BoundParam
         self._largest_bytes = 0
+        self._is_settled = True
 
     @property
     def way(self) -> str:
@@ -118,7 +119,7 @@ class Ring:
                 self._unbound.pop(id(param), None)
 
     def reserve(self, work_bytes: int) -> None:
-        if work_bytes != self.reserve_bytes:
+        if work_bytes != self.reserve_bytes or not self._is_settled:
             self._hold(self._gates, work_bytes)
 
     def review_budget(self) -> None:
@@ -147,7 +148,9 @@ class Ring:
             raise self._budget.too_small(least_room(gates, keep, self._slot_counts), reserve) from error
         self._gates, self.reserve_bytes = gates, reserve
         self._largest_bytes = planned.large.slot_bytes
+        self._is_settled = False  # memory may be short in spite of the plan
         self._settle(planned)
+        self._is_settled = True
 
     def _work_limit(self, gates: list[Gate]) -> int:
         return self._budget.ring_bytes - least_room(gates, self._keep_residents, self._slot_counts)
@@ -264,13 +267,15 @@ class Ring:
                 if not gate.pinned:
                     self._hold(self._gates, keep_residents=False)
                 return self._bring_or_make_way(gate)
+        if not self._ring_of(gate).slots:  # there was no memory for them
+            self._hold(self._gates, keep_residents=False)
         return self._bring(gate, self._ring_of(gate).oldest(set()))
 
     def _bring_if_it_fits(self, gate: Gate) -> None:
         try:
             self._bring_resident(gate)
         except torch.OutOfMemoryError:
-            if self._ring_of(gate).slots:
+            if self._ring_of(gate).slots and not gate.pinned:
                 # Each try makes the allocator give its cache back, and the device wait.
                 del self._residents[gate]
                 log.info("no room for a resident, it is streamed", gate=str(gate))

@@ -64,6 +64,7 @@ def tree_copy(root: nn.Module, params: Mapping[int, nn.Parameter]) -> nn.Module:
     Buffers and what cannot be changed in place are shared. `copy.deepcopy` does the same in several times the time,
     while everybody waits for the baton.
     """
+    others = dict(params)  # what lies outside the arena has bytes of its own, and a cast must not change the shared one
     copies: dict[int, nn.Module] = {id(module): object.__new__(type(module)) for module in root.modules()}
 
     def own(value: Any) -> Any:
@@ -77,7 +78,9 @@ def tree_copy(root: nn.Module, params: Mapping[int, nn.Parameter]) -> nn.Module:
             return type(value)((key, own(item)) for key, item in value.items()) if value else type(value)()
         if type(value) in (list, tuple, set):
             return type(value)(own(item) for item in value)
-        return params.get(id(value), value)
+        if isinstance(value, nn.Parameter) and id(value) not in others:
+            others[id(value)] = nn.Parameter(value.data, requires_grad=value.requires_grad)
+        return others.get(id(value), value)
 
     for module in root.modules():
         copies[id(module)].__dict__.update({name: own(value) for name, value in module.__dict__.items()})

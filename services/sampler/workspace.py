@@ -22,20 +22,25 @@ log = structlog.get_logger()
 class MemoryMeter:
     """Sees what one picture allocates on a CUDA device: it has the baton between `resume` and `pause`."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.need = Need(0, 0)
+    def __init__(self, device: torch.device, others_bytes: Callable[[], int]) -> None:
         self._device = device
+        self._others_bytes = others_bytes  # allocated by others in its stretches: what graphs keep
+        self.restart()
+
+    def restart(self) -> None:
+        """The picture is begun anew, with nothing allocated."""
+        self.need = Need(0, 0)
         self._own_bytes = 0
-        self._before_bytes = 0
         self.resume()
 
     def resume(self) -> None:
-        self._before_bytes = torch.cuda.memory_allocated(self._device)
+        self._before_bytes = torch.cuda.memory_allocated(self._device) - self._others_bytes()
         torch.cuda.reset_peak_memory_stats(self._device)
 
     def pause(self) -> None:
-        peak = self._own_bytes + torch.cuda.max_memory_allocated(self._device) - self._before_bytes
-        self._own_bytes += torch.cuda.memory_allocated(self._device) - self._before_bytes
+        others = self._others_bytes()
+        peak = self._own_bytes + torch.cuda.max_memory_allocated(self._device) - others - self._before_bytes
+        self._own_bytes += torch.cuda.memory_allocated(self._device) - others - self._before_bytes
         self.need |= Need(peak, max(self._own_bytes, 0))
 
 
@@ -118,14 +123,14 @@ class Workspace:
     def failures(self) -> int:
         """Allocations on the device that failed so far, whether or not somebody found another way."""
         device = self._engine.transfer.device
-        return int(torch.cuda.memory_stats(device)["num_ooms"]) if device.type == "cuda" else 0
+        count = int(torch.cuda.memory_stats(device)["num_ooms"]) if device.type == "cuda" else 0
+        return count - (self._graphs.failures if self._graphs is not None else 0)
 
     def make_way(self) -> bool:
-        """Memory was short in spite of the plan: keep no graphs and no residents. False if there were no residents."""
+        """Memory was short in spite of the plan: keep no graphs and no residents. False if there were none."""
         self._engine.settle()
-        if self._graphs is not None:
-            self._graphs.clear()
-        return self._engine.transfer.make_way()
+        had_graphs = self._graphs is not None and self._graphs.make_way()
+        return self._engine.transfer.make_way() or had_graphs
 
     def too_large(self, kind: Kind, multiple_px: int, can_tile: bool = False) -> DeviceMemoryFull:
         """What to say to who asked for more than there is room for."""
@@ -163,4 +168,7 @@ class Workspace:
 
     def _meter(self, kind: Kind) -> MemoryMeter | None:
         device = self._engine.transfer.device
-        return MemoryMeter(device) if device.type == "cuda" and not self._memory.is_known(kind) else None
+        if device.type != "cuda" or self._memory.is_known(kind):
+            return None
+        graphs = self._graphs
+        return MemoryMeter(device, (lambda: graphs.kept_bytes) if graphs is not None else (lambda: 0))

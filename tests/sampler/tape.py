@@ -52,5 +52,8 @@ class TapeRecorder:
             work()
         return tape.replay
 
+    def failures(self) -> int:
+        return 0
+
     def drop(self) -> None:
         self.drops += 1

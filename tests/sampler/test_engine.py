@@ -225,6 +225,16 @@ def test_a_fill_that_fails_ends_who_waits(road: Road) -> None:
     assert isinstance(rider.error, HeadwaterError)
 
 
+def test_who_comes_after_a_fill_has_failed(road: Road) -> None:
+    """Also a rider that came to no gate yet, as one that waited for another to encode its prompt."""
+    road.gates[1].ready = False
+    road.engine.fail(road.gates, HeadwaterError("the disk is gone"))
+    rider, done = road.drive()
+    done.result(20)
+
+    assert isinstance(rider.error, HeadwaterError)
+
+
 def test_a_device_that_is_lost_outside_of_riders_work(road: Road) -> None:
     """An error while a finished picture is fetched ends all riders, if it says that the device is gone; else nobody."""
     road.gates[1].ready = False

@@ -181,6 +181,27 @@ def test_work_makes_way_for_a_model(gates: list[Gate]) -> None:
     assert made.reserve_bytes == 4 * WEIGHTS * 4
 
 
+def test_slots_that_could_not_be_had_are_asked_for_again(gates: list[Gate], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that was short in spite of the plan costs the request that asked; the next one finds slots."""
+    made = ring(gates, budget_bytes=6 * WEIGHTS * 4)
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as short:
+        short.setattr("services.sampler.slots.new_slot", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            made.reserve(4 * WEIGHTS * 4)
+        with pytest.raises(torch.OutOfMemoryError):
+            made.enter(gates[0])
+    made.enter(gates[0])
+    assert holds_its_own(gates[0])
+    made.leave(gates[0])
+    made.reserve(4 * WEIGHTS * 4)
+
+    assert made.held_bytes == 2 * WEIGHTS * 4
+
+
 def test_residents_make_way(gates: list[Gate]) -> None:
     """Where memory is short all residents go, and every gate is streamed from then on."""
     made = ring(gates)

@@ -23,6 +23,9 @@ def test_a_tree_is_what_deepcopy_makes(name: str) -> None:
 
     assert not {id(m) for m in tree.modules()} & {id(m) for m in vae.modules()}
     assert list(map(id, tree.parameters())) == list(map(id, own.values()))
+    assert all(
+        t is not o and t.equal(o) for t, o in zip(tree_copy(vae, {}).parameters(), vae.parameters(), strict=True)
+    )
     for (path, mine), (same_path, theirs), original in zip(
         tree.named_modules(), deep.named_modules(), vae.modules(), strict=True
     ):
