@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +19,7 @@ from services.sampler.budget import Budget
 from services.sampler.drawing import Drawing
 from services.sampler.engine import Engine
 from services.sampler.gates import Gate
-from services.sampler.graphs import CALM_S, Graphs, fill, same_bits, twin
+from services.sampler.graphs import CALM_S, CudaRecorder, Graphs, fill, same_bits, twin
 from services.sampler.model import AttachedModel
 from services.sampler.requests import ImageRequest
 from services.sampler.ring import Ring
@@ -37,10 +38,10 @@ SIZES = [(64, 64), (96, 64), (64, 64), (96, 64)]
 # ---- pictures
 
 
-def drawn(model: AttachedModel, index: int) -> str:
+def drawn(model: AttachedModel, index: int, prompt: str = "a red fox") -> str:
     """SHA-256 of request `index`'s picture."""
     width, height = SIZES[index]
-    request = ImageRequest("tiny", "a red fox", "r", width_px=width, height_px=height, step_count=8, seed=index)
+    request = ImageRequest("tiny", prompt, "r", width_px=width, height_px=height, step_count=8, seed=index)
     workspace = Workspace(model.engine, WorkMemory(0))
     drawing = Drawing(
         model, workspace, model.traits.resolve(request), 0, lambda progress: None, lambda step, image: None
@@ -73,6 +74,22 @@ def test_resident_pictures_are_the_same(stack: Stack) -> None:
 
     assert pictures(stack, Ring(CPU, Budget(1 << 40)), graphs) == pictures(stack, Ring(CPU, Budget(1 << 40)))
     assert graphs.replay_count > 100
+
+
+def test_encoders_layers_are_recorded_too(stack: Stack) -> None:
+    """A prompt passes them once; prompts are as long as the model pads them, so the next one meets them again."""
+    graphs = Graphs(CPU, TapeRecorder())
+    prompts = [f"a fox, take {n}" for n in range(5)]
+    found = []
+    with structlog.testing.capture_logs() as logs:
+        for speedups in ([graphs], []):
+            with attached(stack, "tiny", Ring(CPU, Budget(1 << 40)), 90_000, lambda engine, s=speedups: s) as model:  # type: ignore[misc]
+                found.append([drawn(model, 0, prompt) for prompt in prompts])
+                layers = set(model.pipeline.text_encoder.layers)
+                assert len(layers.intersection(gate.module for gate in model.gates)) > 1
+
+    assert found[0] == found[1]
+    assert "launched kernel by kernel" not in str(logs)
 
 
 # ---- what a graph cannot stand for
@@ -242,6 +259,60 @@ def test_without_memory_for_graphs_blocks_compute_on() -> None:
     graphs.take([block_of(module)])
 
     assert all(torch.equal(module(x), x * 2.0) for x in inputs())
+
+
+# ---- on a device
+
+
+class Attention(nn.Module):
+    """What blocks are made of: a product with a bias, attention, and work memory far larger than the result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(256, 3 * 256)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.project(x).unflatten(-1, (3, 4, 64)).permute(2, 0, 3, 1, 4)
+        wide = torch.nn.functional.scaled_dot_product_attention(q, k, v).repeat(1, 64, 1, 1).sin()
+        return wide.view(x.shape[0], 64, 4, x.shape[1], 64).mean(1).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.gpu
+def test_a_device_gives_eagers_bits(cuda: None) -> None:
+    device = torch.device("cuda", 0)
+    graphs = Graphs(device, CudaRecorder(device))
+    module = Attention().to(device, torch.bfloat16)
+    plain = Attention.forward.__get__(module)
+    graphs.take([block_of(module)])
+
+    with torch.inference_mode():
+        for seed in range(8):
+            generator = torch.Generator(device).manual_seed(seed)
+            x = torch.randn(2, 300, 256, device=device, dtype=torch.bfloat16, generator=generator)
+            assert torch.equal(module(x), plain(x))
+    assert graphs.replay_count == 6
+
+
+@pytest.mark.gpu
+def test_a_recording_that_fails_leaves_no_trace(cuda: None) -> None:
+    """A block that asks the host; then memory is given back as before, and others are recorded."""
+    device = torch.device("cuda", 0)
+    graphs = Graphs(device, CudaRecorder(device))
+    asking, good = Asking(), Attention().to(device, torch.bfloat16)
+    graphs.take([block_of(asking), block_of(good)])
+    x = torch.randn(2, 300, 256, device=device, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        for _ in range(4):
+            assert torch.equal(asking(x), x * 2 if x.sum().item() > 0 else x * 3)
+        before = torch.cuda.memory_reserved(device)
+        for _ in range(4):
+            good(x)
+    assert graphs.replay_count == 2
+    assert graphs.held_bytes > 0
+    graphs.clear()
+
+    assert graphs.held_bytes == 0
+    assert torch.cuda.memory_reserved(device) <= before + (64 << 20)  # cuBLAS keeps scratch memory
 
 
 @given(st.lists(st.tuples(st.integers(1, 3), st.sampled_from(["dense", "expanded", "every other"])), max_size=4),

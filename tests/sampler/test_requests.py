@@ -82,7 +82,8 @@ def test_fifty_cancels(own: Stack) -> None:
     idle(address)
     assert draw(address) == first
     idle(address)
-    assert psutil.Process(sampler.pid).num_threads() <= threads + 1
+    # Riders' threads wait to be used again, as many as rode at once.
+    assert psutil.Process(sampler.pid).num_threads() <= threads + 2
     assert "changed shared modules" not in sampler.log.read_text()
     assert sampler.stop() == 0
     assert not leased(own)
