@@ -23,10 +23,11 @@ from services.sampler.budget import Budget
 from services.sampler.compiler import Compiler
 from services.sampler.driver import Driver
 from services.sampler.engine import Engine
-from services.sampler.graphs import CudaRecorder, Graphs
+from services.sampler.graphs import Graphs
 from services.sampler.helper import Helper
 from services.sampler.meter import timing_event
 from services.sampler.model import AttachedModel
+from services.sampler.recorder import CudaRecorder
 from services.sampler.registration import Registrar
 from services.sampler.residency import SLOT_COUNTS, plan_slots
 from services.sampler.riders import Rider

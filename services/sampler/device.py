@@ -9,7 +9,8 @@ import torch
 from services.sampler.budget import GIB, UNLIMITED_BYTES, Budget, budget_bytes
 from services.sampler.config import Config, ConfigError
 from services.sampler.driver import Driver
-from services.sampler.graphs import CudaRecorder, Graphs
+from services.sampler.graphs import Graphs
+from services.sampler.recorder import CudaRecorder
 from services.sampler.registration import Registrar, Way
 from services.sampler.ring import Ring
 from services.sampler.tiling import TileRule

@@ -13,25 +13,22 @@ differ is never replayed.
 from __future__ import annotations
 
 import functools
-import threading
 import time
 import types
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any
 from weakref import WeakSet
 
 import structlog
 import torch
-from torch._C import _cuda_endAllocateToPool, _cuda_releasePool
 
 from services.errors import DeviceMemoryFull
 from services.sampler.blocks import Block
 from services.sampler.budget import GRAPHS_BYTES
+from services.sampler.desk import Desk, fill, same_bits, twin
 from services.sampler.faults import is_memory_full
-from services.sampler.signatures import Signature, map_tensors, signature, span_bytes, tensors_in
-from services.sampler.slots import place_view
+from services.sampler.recorder import Recorder, Replay
+from services.sampler.signatures import Signature, map_tensors, signature, tensors_in
 
 GRAPH_LIMIT = 1024
 # Layouts of arguments that are remembered; callers choose sizes, so there may be any number.
@@ -41,7 +38,6 @@ WORK_FACTOR = 8
 # Full is full for so long: then all are dropped, and those in use are recorded again.
 CALM_S = 10.0
 
-Replay = Callable[[], object]
 Place = tuple[int, ...]  # addresses of a block's params and buffers
 
 log = structlog.get_logger()
@@ -49,108 +45,6 @@ log = structlog.get_logger()
 
 class UnrecordableError(Exception):
     """A forward that a graph cannot stand for; says why."""
-
-
-class Recorder(Protocol):
-    """What records launches: CUDA."""
-
-    alignment: int  # what of an address the choice of kernels may depend on, bytes
-    held_bytes: int  # memory that graphs work in
-
-    def warm_up(self, work: Callable[[], object]) -> None:
-        """Run `work` where it will be recorded: libraries make ready what cannot be made ready during a recording."""
-        ...
-
-    def record(self, work: Callable[[], object]) -> Replay:
-        """What `work` launches, without running it. Raises RuntimeError if it cannot be recorded, or memory is full."""
-        ...
-
-    def failures(self) -> int:
-        """Allocations on the device that failed so far."""
-        ...
-
-    def drop(self) -> None:
-        """Give memory back; all replays were dropped."""
-        ...
-
-
-class CudaRecorder:
-    """Records into one memory pool, in a thread of its own: each thread that calls cuBLAS costs a workspace."""
-
-    alignment = 256  # torch tells cuBLAS up to so much
-
-    def __init__(self, device: torch.device) -> None:
-        self.held_bytes = 0
-        self._device = device
-        self._local = threading.local()
-        self._thread = ThreadPoolExecutor(1, "recorder", initializer=self._settle)
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def warm_up(self, work: Callable[[], object]) -> None:
-        here = torch.cuda.current_stream(self._device)
-        self._thread.submit(self._warm_up, here, work).result()
-
-    def record(self, work: Callable[[], object]) -> Replay:
-        before = torch.cuda.memory_reserved(self._device)
-        graph = torch.cuda.CUDAGraph()
-        try:
-            self._thread.submit(self._record, graph, work).result()
-        finally:
-            self.held_bytes += torch.cuda.memory_reserved(self._device) - before
-        return graph.replay
-
-    def failures(self) -> int:
-        return int(torch.cuda.memory_stats(self._device)["num_ooms"])
-
-    def drop(self) -> None:
-        # A pool that no graph works in any more cannot be used again.
-        self._pool = torch.cuda.graph_pool_handle()
-        self.held_bytes = 0
-        torch.cuda.synchronize(self._device)  # replays may be under way
-        torch.cuda.empty_cache()
-
-    def _settle(self) -> None:
-        torch.cuda.set_device(self._device)
-        self._local.stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(self._local.stream):
-            torch.cuda.current_blas_handle()  # type: ignore[no-untyped-call] # its workspace must not be taken from the pool
-
-    @torch.inference_mode()
-    def _warm_up(self, callers: torch.cuda.Stream, work: Callable[[], object]) -> None:
-        stream = self._local.stream
-        stream.wait_stream(callers)
-        with torch.cuda.stream(stream):
-            work()
-        callers.wait_stream(stream)
-
-    @torch.inference_mode()
-    def _record(self, graph: torch.cuda.CUDAGraph, work: Callable[[], object]) -> None:
-        with torch.cuda.stream(self._local.stream):
-            # Other threads go on page-locking and copying meanwhile.
-            graph.capture_begin(self._pool, capture_error_mode="thread_local")
-            try:
-                work()
-            except BaseException:
-                with suppress(RuntimeError):  # it says only that something went wrong before
-                    self._end(graph)
-                raise
-            self._end(graph)
-
-    def _end(self, graph: torch.cuda.CUDAGraph) -> None:
-        try:
-            graph.capture_end()
-        except RuntimeError:
-            self._abandon_pool()
-            raise
-
-    def _abandon_pool(self) -> None:
-        """torch does not tell its allocator when a capture ends badly: it would give out no cached memory any more."""
-        index = torch.cuda.current_device()
-        with suppress(RuntimeError):
-            _cuda_endAllocateToPool(index, self._pool)
-        with suppress(RuntimeError):
-            _cuda_releasePool(index, self._pool)
-        self._pool = torch.cuda.graph_pool_handle()
 
 
 class Graph:
@@ -164,15 +58,11 @@ class Graph:
 class Recording:
     """One layout of arguments of a kind of block: where its graphs read and write."""
 
-    def __init__(self, args: object, kwargs: object, result: object, alignment: int) -> None:
+    def __init__(self, desk: Desk, alignment: int, args: object, kwargs: object, result: object) -> None:
         self.graphs: dict[Place, Graph] = {}
         self._twin = functools.partial(twin, alignment=alignment)
-        self._args, self._kwargs, self._result = map_tensors(self._twin, [args, kwargs, result])
+        self._args, self._kwargs, self._result = desk.lay_out([args, kwargs, result])
         self._given = list(tensors_in([self._args, self._kwargs]))
-
-    @property
-    def size_bytes(self) -> int:
-        return sum(span_bytes(t) for t in tensors_in([self._args, self._kwargs, self._result]))
 
     def fill(self, given: Iterable[torch.Tensor]) -> None:
         """Take arguments."""
@@ -213,6 +103,7 @@ class Graphs:
         self._device = device
         self._recorder = recorder
         self._clock = clock
+        self._desk = Desk(device, recorder.alignment)
         self._recordings: dict[Signature, Recording] = {}
         self._met: dict[Signature, WeakSet[Block]] = {}
         self._refused: set[str] = set()  # kinds of blocks
@@ -230,7 +121,7 @@ class Graphs:
     @property
     def kept_bytes(self) -> int:
         """What of it torch counts as allocated: arguments and results."""
-        return sum(recording.size_bytes for recording in list(self._recordings.values()))
+        return self._desk.size_bytes
 
     def take(self, blocks: Sequence[Block]) -> None:
         """Record these blocks' forwards, as they are now, and replay them."""
@@ -246,6 +137,7 @@ class Graphs:
     def make_way(self) -> bool:
         """Give all memory back and record nothing for a while; False if there was nothing."""
         had_any = bool(self._recordings)
+        self._desk = Desk(self._device, self._recorder.alignment)
         self.clear()
         self._full_s = self._clock()
         return had_any
@@ -334,10 +226,15 @@ class Graphs:
         if any(t.device != self._device for t in tensors_in([args, kwargs, result])):
             # Numbers in host memory would be read once, when it is recorded.
             raise UnrecordableError("an argument or result lies in host memory")
-        size_bytes = sum(map(span_bytes, tensors_in([args, kwargs, result])))
-        if self.kept_bytes + size_bytes + max(self._recorder.held_bytes, WORK_FACTOR * size_bytes) > self.limit_bytes:
+        needs = self._desk.needs(tensors_in([args, kwargs, result]))
+        size_bytes = sum(needs.values())
+        work_bytes = max(self._recorder.held_bytes, WORK_FACTOR * size_bytes)
+        if max(self._desk.size_bytes, size_bytes) + work_bytes > self.limit_bytes:
             raise DeviceMemoryFull("no room for this layout's graphs")
-        return Recording(args, kwargs, result, self._recorder.alignment)
+        if not self._desk.holds(needs):
+            self.clear()  # they would read where nothing is written any more
+            self._desk.grow(needs)
+        return Recording(self._desk, self._recorder.alignment, args, kwargs, result)
 
     def _refuse(self, block: Block, reason: str) -> None:
         log.warning("launched kernel by kernel", block=type(block.module).__name__, reason=reason.partition("\n")[0])
@@ -355,35 +252,8 @@ def is_plain(value: object) -> bool:
     return value is None or isinstance(value, torch.Tensor | bool | int | float | str)
 
 
-def twin(like: torch.Tensor, alignment: int) -> torch.Tensor:
-    """Memory of the same layout, at the same address modulo the alignment; not filled."""
-    with torch.inference_mode(like.is_inference()):
-        memory = torch.empty(span_bytes(like) + alignment, dtype=torch.uint8, device=like.device)
-        return place_view(memory, (like.data_ptr() - memory.data_ptr()) % alignment, like)
-
-
-def fill(still: torch.Tensor, fresh: torch.Tensor) -> torch.Tensor:
-    """Copy numbers into a twin."""
-    written_once(still).copy_(written_once(fresh))
-    return still
-
-
-def written_once(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of an expanded tensor that has memory of its own."""
-    for dim, stride in enumerate(tensor.stride()):
-        if stride == 0 and tensor.shape[dim] > 1:
-            tensor = tensor.narrow(dim, 0, 1)
-    return tensor
-
-
 def compare(result: object, replayed: object) -> None:
     """Raises UnrecordableError unless both are the same, bit for bit. Waits for the device."""
     same = signature(result) == signature(replayed)
     if not same or not all(map(same_bits, tensors_in(result), tensors_in(replayed))):
         raise UnrecordableError("a replay gave other numbers than the forward: it does more than launch kernels")
-
-
-def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """NaN is as good as any number here."""
-    bits, others = (t.contiguous().as_strided((t.numel(),), (1,)).view(torch.uint8) for t in (one, other))
-    return torch.equal(bits, others)

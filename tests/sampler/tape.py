@@ -57,3 +57,4 @@ class TapeRecorder:
 
     def drop(self) -> None:
         self.drops += 1
+        self.held_bytes = 0
