@@ -3,10 +3,10 @@
     python bench/generate.py --folder /tmp/z-image --max-vram 11
     python bench/generate.py --folder /tmp/z-image --budgets 2 4 6 8 11 16 0
 
-The first measures two pictures: on demand from a cold page cache, then after an eager load; with the peak of the
-sampler's device memory as the driver counts it, and the same pictures from plain diffusers, resident and with group
-offload. The second goes through VRAM budgets, in GiB: what is refused and why, else the step time and the peak; and
-through the least budget that a refusal named.
+The first measures two pictures: on demand with the checkpoint's files dropped from the page cache (Python and its
+libraries stay in it), then after an eager load; with the peak of the sampler's device memory as the driver counts it,
+and the same pictures from plain diffusers, resident and with group offload. The second goes through VRAM budgets, in
+GiB: what is refused and why, else the step time and the peak; and through the least budget that a refusal named.
 Prompts of timed requests are new to the sampler, so that the text encoder's sweep is in each figure but `same_prompt`.
 """
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import mmap
 import os
 import re
 import shutil
@@ -24,8 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,6 +36,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 from bench import checkpoint
 from bench.common import GIB, ROOT, Figures, note, pick_device, quiet_libraries, report, table
+from bench.disk import disk_rate, drop_page_cache, weights
 from bench.riding import Arithmetic
 from bench.serving import Answer, Job, ask, ask_together, prepare, start_sampler
 from bench.vram import Peak, Watch
@@ -45,46 +44,7 @@ from tests.sampler.inprocess import prepared
 from tests.stack import Stack, running
 
 PROMPT = "a red fox in the snow"
-READERS, PIECE_BYTES = 16, 32 << 20
 NOISE = 1.03  # between two runs of the same step
-
-
-# ---- the disk
-
-
-def weights(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*/*.safetensors"))
-
-
-def drop_page_cache() -> bool:
-    """Forget what the kernel remembers of files; False where that is not allowed."""
-    os.sync()
-    with suppress(OSError):
-        Path("/proc/sys/vm/drop_caches").write_text("3")
-        return True
-    return False
-
-
-def disk_rate(files: list[Path]) -> float:
-    """Bytes per second of a plain parallel read of the files around the page cache, each byte once."""
-    pieces = [(file, at) for file in files for at in range(0, file.stat().st_size, PIECE_BYTES)]
-
-    def read(piece: tuple[Path, int]) -> int:
-        file, at = piece
-        try:
-            fd = os.open(file, os.O_RDONLY | os.O_DIRECT)
-        except OSError:  # no such way on this file system
-            fd = os.open(file, os.O_RDONLY)
-        try:
-            with mmap.mmap(-1, PIECE_BYTES) as buffer:
-                return os.preadv(fd, [buffer], at)
-        finally:
-            os.close(fd)
-
-    start = time.perf_counter()
-    with ThreadPoolExecutor(READERS) as pool:
-        read_bytes = sum(pool.map(read, pieces))
-    return read_bytes / (time.perf_counter() - start)
 
 
 # ---- the service
@@ -108,13 +68,12 @@ def flags(max_vram: str, options: argparse.Namespace) -> tuple[str, ...]:
 
 def cold(folder: Path, job: Job, options: argparse.Namespace, device: torch.device) -> tuple[Figures, Answer]:
     """On demand: nothing in memory, the first request makes the loader read."""
-    dropped = not options.tiny and drop_page_cache()
+    drop_page_cache(folder)
     rate = disk_rate(weights(folder))
     with served(folder, "cold", options.logs) as stack:
         stack.loader(extent_bytes=options.extent_bytes)
         address = start_sampler(stack, device, options.tiny, *flags(options.max_vram, options)).addresses[0]
-        if dropped:
-            drop_page_cache()
+        dropped = drop_page_cache(folder)
         answer = ask(address, job)
     size = sum(file.stat().st_size for file in weights(folder))
     return {

@@ -10,6 +10,7 @@ import itertools
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
+
+from bench.disk import cached_pages, drop_page_cache
 
 ROOT = Path(__file__).resolve().parents[1]
 MACHINE = {"script", "device", "torch", "diffusers", "transformers", "commit"}
@@ -149,6 +152,26 @@ def test_timeline(folder: Path, run: Any, tmp_path: Path) -> None:
 
 
 # ---- whole pipelines
+
+
+def test_only_the_checkpoint_leaves_the_page_cache(pytestconfig: pytest.Config) -> None:
+    assert pytestconfig.cache is not None
+    disk = pytestconfig.cache.mkdir("page-cache")  # beside the sources: /tmp may be in memory
+    dropped, kept = disk / "checkpoint" / "vae" / "weights", disk / "library"
+    dropped.parent.mkdir(parents=True, exist_ok=True)
+    for file in (dropped, kept):
+        file.write_bytes(bytes(1_000_000))
+    assert cached_pages(dropped) == cached_pages(kept) > 0
+
+    assert drop_page_cache(disk / "checkpoint")
+    assert cached_pages(dropped) == 0
+    assert cached_pages(kept) > 0
+
+
+def test_files_in_memory_are_not_said_to_be_dropped() -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as memory:
+        (Path(memory) / "weights").write_bytes(bytes(1_000_000))
+        assert not drop_page_cache(Path(memory))
 
 
 def test_generate(folder: Path, run: Any) -> None:

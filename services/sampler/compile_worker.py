@@ -3,7 +3,8 @@
     python -m services.sampler.compile_worker CACHE_FOLDER
 
 Reads one JSON object a line (`Job`) and answers each with one: {"ok": true, "seconds": 9.1} or {"ok": false, "reason":
-"..."}. Ends when its input does. It never sees params or a request: blocks are built from the model's config, all zero.
+"..."}; what is done is marked so in the folder. Ends when its input does. It never sees params or a request: blocks are
+built from the model's config, all zero.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import os
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +23,8 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from services.sampler import compiling
-from services.sampler.signatures import Signature, build
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One block with one layout of arguments."""
-
-    config: str  # folder of the component's config.json
-    class_module: str
-    class_name: str  # of the component
-    block: str  # dotted path in the component
-    tensors: dict[str, Signature]  # layout of the block's params and buffers
-    args: Signature
-    kwargs: Signature
-    device: str
-    thread_count: int  # of a CPU: the program depends on it
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self))
+from services.sampler.job import Job
+from services.sampler.signatures import build
 
 
 def compile_block(job: Job) -> None:
@@ -76,13 +59,16 @@ def main() -> int:
     # Answers alone: a compiler may print, and its processes must not keep the sampler's pipe open after our death.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    compiling.use_cache(Path(sys.argv[1]))
+    cache = Path(sys.argv[1])
+    compiling.use_cache(cache)
     compiling.settle_thread()
     for line in sys.stdin:
         started = time.monotonic()
         answer: dict[str, object]
         try:
-            compile_block(Job(**json.loads(line)))
+            job = Job(**json.loads(line))
+            compile_block(job)
+            job.mark_done(cache)
             answer = {"ok": True, "seconds": round(time.monotonic() - started, 3)}
         except Exception as error:  # whatever it is, the sampler compiles by itself then
             answer = {"ok": False, "reason": f"{type(error).__name__}: {error}"[:500]}

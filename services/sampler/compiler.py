@@ -1,7 +1,8 @@
 """Compiled arithmetic: the forward of blocks that a denoiser repeats, compiled once for each layout of arguments.
 
 Only the instance's `forward` is replaced. A rider that comes to a block with a layout not seen before waits, without
-the baton, until a helper process has compiled it into the cache folder; then it takes the program from there.
+the baton, until a helper process has compiled it into the cache folder, unless one did so before; then it takes the
+program from there.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from torch._dynamo.utils import counters
 from services.errors import UnsupportedModel
 from services.sampler import compiling
 from services.sampler.blocks import Block
-from services.sampler.compile_worker import Job
 from services.sampler.engine import Engine
 from services.sampler.helper import Helper
+from services.sampler.job import Job
 from services.sampler.signatures import Signature, aligned, is_portable, signature
 
 log = structlog.get_logger()
@@ -70,7 +71,8 @@ class Compiler:
         if key not in made:
             if key not in self._cached and is_portable(layout) and is_portable(options):
                 job = job_of(block, layout, options, self._engine.transfer.device)
-                self._engine.stand_by(block.gate, lambda done: self._helper.ask(key, job, done))
+                if not self._helper.has_done(job):
+                    self._engine.stand_by(block.gate, lambda done: self._helper.ask(key, job, done))
             self._cached.add(key)
             self._make_room(type(module).forward.__code__, made)
             made.add(key)
@@ -91,6 +93,7 @@ def job_of(block: Block, args: Signature, kwargs: Signature, device: torch.devic
         class_module=block.component.__module__,
         class_name=block.component.__name__,
         block=block.gate.name,
+        kind=block.kind,
         tensors=block.tensors,
         args=args,
         kwargs=kwargs,

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import structlog
 
-from services.sampler.compile_worker import Job
+from services.sampler.job import Job
 from services.sampler.signatures import Signature
 
 PROGRAM = ("-m", "services.sampler.compile_worker")
@@ -30,9 +30,10 @@ log = structlog.get_logger()
 
 
 class Helper:
-    """Runs jobs one by one. `ask` and `close` may be called from any thread."""
+    """Runs jobs one by one. May be used from any thread."""
 
     def __init__(self, cache: Path, program: Sequence[str] = PROGRAM) -> None:
+        self._cache = cache
         self._command = [sys.executable, *program, str(cache)]
         self._jobs: queue.SimpleQueue[tuple[Signature, Job] | None] = queue.SimpleQueue()
         self._waiting: dict[Signature, list[Callable[[], None]]] = {}
@@ -40,6 +41,10 @@ class Helper:
         self._process: subprocess.Popen[str] | None = None
         self._closed = False
         self._thread: threading.Thread | None = None
+
+    def has_done(self, job: Job) -> bool:
+        """Whether a helper over this cache folder has done a job, today or before, here or for another replica."""
+        return job.is_done(self._cache)
 
     def ask(self, key: Signature, job: Job, done: Callable[[], None]) -> None:
         """Have a job done, once whoever asks; `done` is called in the end in any case, in the helper's thread."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ from services.sampler.compiler import Compiler
 from services.sampler.drawing import Drawing
 from services.sampler.engine import Engine
 from services.sampler.helper import Helper
+from services.sampler.job import MARKERS
 from services.sampler.model import AttachedModel
 from services.sampler.requests import ImageRequest
 from services.sampler.ring import Ring
@@ -94,17 +96,45 @@ def test_blocks_are_compiled_by_the_helper(compiled: Process, together: list[str
     assert "compiled here" not in log
 
 
+def asks_no_helper(sampler: Process) -> bool:
+    """Whether no helper process was started: each job ends with a line in the log, well or not."""
+    log = sampler.log.read_text()
+    return "event=compiled " not in log and "could not compile" not in log
+
+
 def test_restarted_replica(stack: Stack, cache: Path, together: list[str]) -> None:
-    """Another replica over the same cache draws the same, other sizes first, and params streamed through slots."""
+    """Another replica over the same cache draws the same, other sizes first, and params streamed through slots.
+
+    It starts no helper: markers in the folder say that all is there.
+    """
     ring = replica(stack, cache, "--test-ring")
 
     assert [drawn(ring, index).images[0].sha256 for index in (3, 2, 1, 0)] == together[::-1]
+    assert asks_no_helper(ring)
+    assert not psutil.Process(ring.pid).children()
+    assert ring.log.read_text().count("source=cache") == 5
+
+
+def test_markers_without_programs(stack: Stack, cache: Path, tmp_path: Path, together: list[str]) -> None:
+    """Programs were removed and markers were not: the sampler compiles, says so, and draws the same."""
+    shutil.copytree(cache / MARKERS, tmp_path / "cache" / MARKERS)
+    misled = replica(stack, tmp_path / "cache")
+
+    assert drawn(misled, 0).images[0].sha256 == together[0]
+    assert asks_no_helper(misled)
+    assert misled.log.read_text().count('source="compiled here"') == 3
 
 
 def test_fresh_cache(stack: Stack, tmp_path: Path, together: list[str]) -> None:
-    """A replica that compiles everything anew, the other size first, draws the same; it takes its helper along."""
+    """A replica that compiles everything anew, the other size first, draws the same; it takes its helper along.
+
+    Its folder takes no markers, which fails nothing.
+    """
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / MARKERS).touch()
     fresh = replica(stack, tmp_path / "cache")
     assert drawn(fresh, 1).images[0].sha256 == together[1]
+    assert "could not compile" not in fresh.log.read_text()
     children = psutil.Process(fresh.pid).children(recursive=True)
     assert children
     fresh.stop()
@@ -113,15 +143,20 @@ def test_fresh_cache(stack: Stack, tmp_path: Path, together: list[str]) -> None:
 
 
 @pytest.fixture
-def compiler_of(cache: Path, together: list[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[CompilerOf]:
-    """Makes compilers in this process over the folder that has all programs already; `program` is the helper's part."""
+def compiler_of(
+    cache: Path, together: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[CompilerOf]:
+    """Makes compilers in this process over the folder that has all programs already; `program` is the helper's part.
+
+    Their helpers' folder is another one, without markers, so that they are asked.
+    """
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")  # restored afterwards
     compiling.use_cache(cache)
     torch._dynamo.reset()
     with ExitStack() as compilers:
 
         def make(engine: Engine, program: Sequence[str] = YES) -> list[Compiler]:
-            return [compilers.enter_context(closing(Compiler(engine, Helper(cache, program))))]
+            return [compilers.enter_context(closing(Compiler(engine, Helper(tmp_path, program))))]
 
         yield make
     torch._dynamo.reset()

@@ -1,0 +1,62 @@
+"""A checkpoint's files on disk: out of the page cache, and how fast they can be read."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+READERS, PIECE_BYTES = 16, 32 << 20
+
+
+def weights(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*/*.safetensors"))
+
+
+def drop_page_cache(folder: Path) -> bool:
+    """Have the kernel forget the folder's files, and nothing else; whether it did: it cannot in memory (tmpfs)."""
+    os.sync()  # it keeps what is not written yet
+    files = [file for file in folder.rglob("*") if file.is_file() and file.stat().st_size]
+    for file in files:
+        with file.open("rb") as opened:
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return not any(map(cached_pages, files))
+
+
+def cached_pages(file: Path) -> int:
+    """Pages of a file that the page cache has."""
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        data = np.frombuffer(mapped, np.uint8)
+        pages = np.zeros(-(-data.nbytes // mmap.PAGESIZE), np.uint8)
+        address, size, answer = map(ctypes.c_size_t, (data.ctypes.data, data.nbytes, pages.ctypes.data))
+        del data  # else the file stays mapped
+        if ctypes.CDLL(None, use_errno=True).mincore(address, size, answer):
+            raise OSError(ctypes.get_errno(), "mincore")
+        return int((pages & 1).sum())
+
+
+def disk_rate(files: list[Path]) -> float:
+    """Bytes per second of a plain parallel read of the files around the page cache, each byte once."""
+    pieces = [(file, at) for file in files for at in range(0, file.stat().st_size, PIECE_BYTES)]
+
+    def read(piece: tuple[Path, int]) -> int:
+        file, at = piece
+        try:
+            fd = os.open(file, os.O_RDONLY | os.O_DIRECT)
+        except OSError:  # no such way on this file system
+            fd = os.open(file, os.O_RDONLY)
+        try:
+            with mmap.mmap(-1, PIECE_BYTES) as buffer:
+                return os.preadv(fd, [buffer], at)
+        finally:
+            os.close(fd)
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(READERS) as pool:
+        read_bytes = sum(pool.map(read, pieces))
+    return read_bytes / (time.perf_counter() - start)
