@@ -135,15 +135,16 @@ class Engine:
         rider.on_gate(gate, False)
         rider.mark = self._meter.start()
 
-    def stand_by(self, gate: Gate, start: Callable[[Callable[[], None]], None]) -> None:
+    def stand_by(self, gate: Gate, start: Callable[[Callable[[], None]], None], prepares: bool = True) -> None:
         """Wait in front of a gate, without the baton, until what `start` was given is called, from any thread.
 
+        prepares: what is waited for comes before the gate's own work; else another rider does that work.
         Raises Cancelled as soon as the caller goes away.
         """
         rider: Rider = self._local.rider
         self._stop_meter(rider)
         rider.raise_fault()
-        rider.on_gate(gate, True)
+        rider.on_gate(gate, prepares)
         self._away.add(rider)
         start(lambda: self._tell(lambda: self._back(rider)))
         rider.on_pause()

@@ -147,7 +147,7 @@ class AttachedModel:
     def _wait_for_encoder(self, start: Callable[[Callable[[], None]], None]) -> None:
         """Stand where prompts are encoded until another rider has encoded this one."""
         encoders = [gate for gate in self.gates if is_encoder(gate.component) and not gate.pinned]
-        self.engine.stand_by(encoders[0], start)
+        self.engine.stand_by(encoders[0], start, prepares=False)
 
     def bring_pinned(self) -> None:
         """Stop until what lies outside all other gates is there; a rider's first gates."""

@@ -13,7 +13,7 @@ import torch
 from services.sampler.budget import Budget
 from services.sampler.drawing import Drawing
 from services.sampler.memo import PromptMemo
-from services.sampler.requests import ImageRequest
+from services.sampler.requests import ImageRequest, Phase
 from services.sampler.riders import Rider
 from services.sampler.ring import Ring
 from services.sampler.work import WorkMemory
@@ -111,9 +111,11 @@ def test_riders_with_one_prompt_share_its_encoding(stack: Stack) -> None:
         request = model.traits.resolve(ImageRequest("tiny", "a red fox", "r", width_px=64, height_px=64, step_count=2))
         workspace = Workspace(model.engine, WorkMemory(0))
         ended: list[Future[None]] = [Future() for _ in range(3)]
-        riders = []
+        riders, phases = [], list[list[Phase]]()
         for index, end in enumerate(ended):
-            drawing = Drawing(model, workspace, request, index, lambda progress: None, lambda step, image: None)
+            phases.append([])
+            emit = functools.partial(lambda seen, progress: seen.append(progress.phase), phases[-1])
+            drawing = Drawing(model, workspace, request, index, emit, lambda step, image: None)
             done = functools.partial(lambda end, rider: end.set_result(None), end)
             riders.append(Rider(lambda _, drawing=drawing: drawing.draw(), done, drawing.passed, drawing.paused))
         for rider in riders:
@@ -123,3 +125,5 @@ def test_riders_with_one_prompt_share_its_encoding(stack: Stack) -> None:
 
     assert [rider.error for rider in riders] == [None] * 3
     assert len(passes) == 1
+    # Who waits says that its prompt is encoded, which is so.
+    assert all(Phase.ENCODING in seen and seen.count(Phase.PREPARING) <= 1 for seen in phases)
