@@ -16,10 +16,12 @@ import json
 import math
 import os
 import sys
+import tempfile
 import time
 import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -215,6 +217,15 @@ def write(model: str, folder: Path, form: str = "shards", tiny: bool = False) ->
             write_gguf(path, recipe.architecture, tensors, device)
         yield path.name, path.stat().st_size
     recipe.write_index(folder)
+
+
+@contextmanager
+def z_image(folder: Path | None, tiny: bool) -> Iterator[tuple[Path, Path]]:
+    """(Z-Image's folder, written if it is not there; a folder for what else a run needs, which goes with it)."""
+    with tempfile.TemporaryDirectory() as disk:
+        folder = folder or Path(disk) / "z-image"
+        list(write("z-image", folder, tiny=tiny))
+        yield folder, Path(disk)
 
 
 def main(arguments: list[str] | None = None) -> None:

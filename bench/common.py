@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -29,6 +30,14 @@ def quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     # Arenas are mapped read-only on purpose.
     warnings.filterwarnings("ignore", message="The given buffer is not writable")
+
+
+def z_image_parser(doc: str | None) -> argparse.ArgumentParser:
+    """The arguments of every script that measures Z-Image; `doc` is the script's own."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, help="written by bench/checkpoint.py z-image; made if it is not there")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the code")
+    return parser
 
 
 def pick_device() -> torch.device:

@@ -35,7 +35,7 @@ from headwater_client.events import Phase
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 from bench import checkpoint
-from bench.common import GIB, ROOT, Figures, note, pick_device, quiet_libraries, report, table
+from bench.common import GIB, ROOT, Figures, note, pick_device, quiet_libraries, report, table, z_image_parser
 from bench.disk import disk_rate, drop_page_cache, weights
 from bench.riding import Arithmetic
 from bench.serving import Answer, Job, ask, ask_together, prepare, start_sampler
@@ -258,23 +258,19 @@ def at_budget(address: str, job: Job) -> Figures:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="written by bench/checkpoint.py z-image; made if it is not there")
+    parser = z_image_parser(__doc__)
     parser.add_argument("--max-vram", default="11", metavar="GIB")
     parser.add_argument("--budgets", nargs="+", metavar="GIB", help="go through these instead; 0: all that is free")
     parser.add_argument("--numerics", choices=("eager", "compiled"), default="eager")
     parser.add_argument("--cuda-graphs", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--logs", type=Path, help="keep the services' logs in this folder")
-    parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the code")
     options = parser.parse_args(arguments)
     options.extent_bytes = "64KiB" if options.tiny else "64MiB"
     job = Job(PROMPT, 64, 48, 3, count=2) if options.tiny else Job(PROMPT, 1024, 688, 9, count=2)
     quiet_libraries()
     device = pick_device()
-    with tempfile.TemporaryDirectory() as disk:
-        options.compile_cache = Path(disk) / "cache"
-        folder = options.folder or Path(disk) / "z-image"
-        list(checkpoint.write("z-image", folder, tiny=options.tiny))
+    with checkpoint.z_image(options.folder, options.tiny) as (folder, disk):
+        options.compile_cache = disk / "cache"
         if options.budgets:
             rows = budgets(folder, replace(job, tiled_decode=None), options, device)
             table("VRAM budgets", list(rows[0]), [list(row.values()) for row in rows])

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from headwater_client.events import Phase, Progress
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 from bench import checkpoint
-from bench.common import GIB, Figures, pick_device, quiet_libraries, report, table
+from bench.common import GIB, Figures, pick_device, quiet_libraries, report, table, z_image_parser
 from bench.serving import Job, ask, ask_together, prepare, start_sampler
 from tests.stack import Process, Stack, running
 
@@ -91,20 +90,15 @@ def replicas(stack: Stack, job: Job, options: argparse.Namespace, device: torch.
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="written by bench/checkpoint.py z-image; made if it is not there")
+    parser = z_image_parser(__doc__)
     parser.add_argument("--max-vram", default="11", metavar="GIB", help="of each sampler")
     parser.add_argument("--count", type=int, default=3, help="samplers at most")
-    parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the code")
     options = parser.parse_args(arguments)
     job = Job("a red fox in the snow", 64, 48, 3) if options.tiny else Job("a red fox in the snow", 1024, 688, 9)
     quiet_libraries()
     device = pick_device()
-    with tempfile.TemporaryDirectory() as disk:
-        folder = options.folder or Path(disk) / "z-image"
-        list(checkpoint.write("z-image", folder, tiny=options.tiny))
-        with running(Path(disk), {"z": folder}) as stack:
-            rows = replicas(stack, job, options, device)
+    with checkpoint.z_image(options.folder, options.tiny) as (folder, disk), running(disk, {"z": folder}) as stack:
+        rows = replicas(stack, job, options, device)
     table("samplers on one loader", list(rows[0]), [list(row.values()) for row in rows])
     report("replicas", device, {"max_vram_gib": options.max_vram, "replicas": rows})
 

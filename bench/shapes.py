@@ -132,50 +132,42 @@ def kl_vae(tiny: bool, latent_channels: int, **options: object) -> Any:
     )
 
 
+UNET: dict[str, Any] = {
+    "block_out_channels": (320, 640, 1280),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "sample_size": 128,
+    "cross_attention_dim": 2048,
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+TINY_UNET: dict[str, Any] = {
+    "block_out_channels": (8, 16, 16),
+    "transformer_layers_per_block": (1, 1, 2),
+    "attention_head_dim": (2, 4, 4),
+    "sample_size": 16,
+    "cross_attention_dim": 64,
+    "addition_time_embed_dim": 8,
+    "norm_num_groups": 4,
+    "projection_class_embeddings_input_dim": 80,
+}
+
+
+def clip(hidden: int, intermediate: int, layers: int, heads: int, vocabulary: int, **more: Any) -> Any:
+    """The config of a CLIP text encoder, for the tests' tokenizer."""
+    return transformers.CLIPTextConfig(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+        num_attention_heads=heads, bos_token_id=512, eos_token_id=513, pad_token_id=1, **more,
+    )  # fmt: skip
+
+
 def sdxl(tiny: bool) -> Recipe:
-    unet: dict[str, Any] = {
-        "block_out_channels": (320, 640, 1280),
-        "transformer_layers_per_block": (1, 2, 10),
-        "attention_head_dim": (5, 10, 20),
-        "sample_size": 128,
-        "cross_attention_dim": 2048,
-        "addition_time_embed_dim": 256,
-        "projection_class_embeddings_input_dim": 2816,
-    }
-    text = {
-        "vocab_size": 49408,
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-    }
-    text_2 = text | {
-        "hidden_size": 1280,
-        "intermediate_size": 5120,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 20,
-        "projection_dim": 1280,
-    }
     if tiny:
-        unet |= {
-            "block_out_channels": (8, 16, 16),
-            "transformer_layers_per_block": (1, 1, 2),
-            "attention_head_dim": (2, 4, 4),
-            "sample_size": 16,
-            "cross_attention_dim": 64,
-            "addition_time_embed_dim": 8,
-            "norm_num_groups": 4,
-            "projection_class_embeddings_input_dim": 80,
-        }
-        text = {
-            "vocab_size": 600,
-            "hidden_size": 32,
-            "intermediate_size": 64,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-        }
-        text_2 = text | {"projection_dim": 32}
-    special = {"bos_token_id": 512, "eos_token_id": 513, "pad_token_id": 1}
+        text = clip(32, 64, 3, 4, 600, hidden_act="quick_gelu")
+        text_2 = clip(32, 64, 3, 4, 600, projection_dim=32, hidden_act="gelu")
+    else:
+        text = clip(768, 3072, 12, 12, 49408, hidden_act="quick_gelu")
+        text_2 = clip(1280, 5120, 32, 20, 49408, projection_dim=1280, hidden_act="gelu")
     edge = 128 if tiny else 1024
     return Recipe(
         "StableDiffusionXLPipeline",
@@ -190,15 +182,10 @@ def sdxl(tiny: bool) -> Recipe:
                 down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
                 up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
                 addition_embed_type="text_time",
-                **unet,
+                **(TINY_UNET if tiny else UNET),
             ),
-            "text_encoder": on_meta(
-                transformers.CLIPTextModel, transformers.CLIPTextConfig(**text, **special, hidden_act="quick_gelu")
-            ),
-            "text_encoder_2": on_meta(
-                transformers.CLIPTextModelWithProjection,
-                transformers.CLIPTextConfig(**text_2, **special, hidden_act="gelu"),
-            ),
+            "text_encoder": on_meta(transformers.CLIPTextModel, text),
+            "text_encoder_2": on_meta(transformers.CLIPTextModelWithProjection, text_2),
             "vae": kl_vae(tiny, 4, scaling_factor=0.13025, force_upcast=True),
         },
         {
@@ -216,51 +203,48 @@ def sdxl(tiny: bool) -> Recipe:
     )
 
 
-def qwen_image_edit(tiny: bool) -> Recipe:
-    dit: dict[str, Any] = {}
-    vae: dict[str, Any] = {}
-    text: dict[str, Any] = {
-        "vocab_size": 152064,
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-    }
-    vision: dict[str, Any] = {
-        "depth": 32,
-        "hidden_size": 1280,
-        "intermediate_size": 3420,
-        "num_heads": 16,
-        "out_hidden_size": 3584,
-        "window_size": 112,
-        "fullatt_block_indexes": [7, 15, 23, 31],
-    }
-    sections = [16, 24, 24]
-    if tiny:
-        dit = {
-            "in_channels": 64,
-            "out_channels": 16,
-            "num_layers": 3,
-            "attention_head_dim": 16,
-            "num_attention_heads": 4,
-            "joint_attention_dim": 64,
-            "axes_dims_rope": (8, 4, 4),
-        }
-        vae = {"base_dim": 16, "z_dim": 16, "num_res_blocks": 1}
-        text = {
-            "vocab_size": 512,
-            "hidden_size": 64,
-            "intermediate_size": 64,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-        }
-        vision = {"depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 64}
-        sections = [4, 6, 6]
+QWEN_TEXT: dict[str, Any] = {
+    "vocab_size": 152064,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+}
+QWEN_VISION: dict[str, Any] = {
+    "depth": 32,
+    "hidden_size": 1280,
+    "intermediate_size": 3420,
+    "num_heads": 16,
+    "out_hidden_size": 3584,
+    "window_size": 112,
+    "fullatt_block_indexes": [7, 15, 23, 31],
+}
+TINY_QWEN_TEXT: dict[str, Any] = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+TINY_QWEN_VISION = {"depth": 2, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 64}
+TINY_QWEN_VAE = {"base_dim": 16, "z_dim": 16, "num_res_blocks": 1}
+TINY_QWEN_DIT: dict[str, Any] = {
+    "in_channels": 64,
+    "out_channels": 16,
+    "num_layers": 3,
+    "attention_head_dim": 16,
+    "num_attention_heads": 4,
+    "joint_attention_dim": 64,
+    "axes_dims_rope": (8, 4, 4),
+}
+
+
+def qwen_vl(text: dict[str, Any], vision: dict[str, Any], sections: list[int]) -> Any:
+    """The config of a Qwen2.5-VL, for the tests' tokenizer."""
     rope = {"mrope_section": sections, "rope_type": "default", "type": "default", "rope_theta": 1e6}
-    tokenizer = qwen_tokenizer()
-    config = transformers.Qwen2_5_VLConfig(
+    return transformers.Qwen2_5_VLConfig(
         text_config={**text, "rope_parameters": rope},
         vision_config=vision,
         vision_start_token_id=259,
@@ -268,13 +252,20 @@ def qwen_image_edit(tiny: bool) -> Recipe:
         image_token_id=261,
         tie_word_embeddings=False,
     )
+
+
+def qwen_image_edit(tiny: bool) -> Recipe:
+    config = qwen_vl(QWEN_TEXT, QWEN_VISION, [16, 24, 24])
+    if tiny:
+        config = qwen_vl(TINY_QWEN_TEXT, TINY_QWEN_VISION, [4, 6, 6])
+    tokenizer = qwen_tokenizer()
     return Recipe(
         "QwenImageEditPipeline",
         torch.bfloat16,
         {
-            "transformer": on_meta(QwenImageTransformer2DModel, **dit),
+            "transformer": on_meta(QwenImageTransformer2DModel, **(TINY_QWEN_DIT if tiny else {})),
             "text_encoder": on_meta(transformers.Qwen2_5_VLForConditionalGeneration, config),
-            "vae": on_meta(AutoencoderKLQwenImage, **vae),
+            "vae": on_meta(AutoencoderKLQwenImage, **(TINY_QWEN_VAE if tiny else {})),
         },
         {
             "scheduler": FlowMatchEulerDiscreteScheduler(

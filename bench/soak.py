@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import random
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -28,7 +27,7 @@ from headwater_client.events import Phase, Progress
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 from bench import checkpoint
-from bench.common import Figures, pick_device, quiet_libraries, report, table
+from bench.common import Figures, pick_device, quiet_libraries, report, table, z_image_parser
 from bench.serving import Job, ask, prepare, start_sampler
 from bench.vram import Watch
 from tests.stack import running
@@ -160,18 +159,14 @@ def measure(folder: Path, disk: Path, options: argparse.Namespace, device: torch
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="written by bench/checkpoint.py z-image; made if it is not there")
+    parser = z_image_parser(__doc__)
     parser.add_argument("--max-vram", default="8", metavar="GIB")
     parser.add_argument("--count", type=int, default=200, help="requests")
-    parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the code")
     options = parser.parse_args(arguments)
     quiet_libraries()
     device = pick_device()
-    with tempfile.TemporaryDirectory() as disk:
-        folder = options.folder or Path(disk) / "z-image"
-        list(checkpoint.write("z-image", folder, tiny=options.tiny))
-        figures = measure(folder, Path(disk), options, device)
+    with checkpoint.z_image(options.folder, options.tiny) as (folder, disk):
+        figures = measure(folder, disk, options, device)
     table(f"{options.count} requests", ("", ""), [(k, v) for k, v in figures.items() if k != "at_rest"])
     report("soak", device, {"max_vram_gib": options.max_vram, **figures})
 

@@ -26,7 +26,7 @@ from diffusers import ZImageTransformer2DModel
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 from bench import checkpoint
-from bench.common import Figures, copy_rate, pick_device, quiet_libraries, report, seconds, table
+from bench.common import Figures, copy_rate, pick_device, quiet_libraries, report, seconds, table, z_image_parser
 from bench.riding import (
     UNLIMITED,
     Call,
@@ -207,20 +207,16 @@ def measure(folder: Path, options: argparse.Namespace, device: torch.device) -> 
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="written by bench/checkpoint.py z-image; made if it is not there")
+    parser = z_image_parser(__doc__)
     parser.add_argument("--size", type=int, nargs=2, default=(1024, 688), metavar="PX")
     parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
-    parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the code")
     options = parser.parse_args(arguments)
     if options.tiny:
         options.size, options.steps = (64, 48), 4
     quiet_libraries()
     device = pick_device()
-    with tempfile.TemporaryDirectory() as disk:
-        folder = options.folder or Path(disk) / "z-image"
-        list(checkpoint.write("z-image", folder, tiny=options.tiny))
+    with checkpoint.z_image(options.folder, options.tiny) as (folder, _):
         rows, figures = measure(folder, options, device)
     keys = ("at_s", "step_ms", "wall_ms", "step_bytes", "counted_bytes", "resident_share", "bit_equal")
     table(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 from bench import checkpoint
-from bench.common import Figures, note, pick_device, quiet_libraries, report, table
+from bench.common import Figures, note, pick_device, quiet_libraries, report, table, z_image_parser
 from bench.riding import Arithmetic, Call, Log, attached_to, denoiser_only, new_ring, ride, ride_once, step_bytes
 from bench.serving import Job, ask, ask_together, prepare, start_sampler
 from services.sampler.model import AttachedModel
@@ -119,25 +118,21 @@ def whole_pipelines(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="written by bench/checkpoint.py z-image; made if it is not there")
+    parser = z_image_parser(__doc__)
     parser.add_argument("--size", type=int, nargs=2, default=(512, 512), metavar="PX")
     parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--only", choices=("steps", "pipelines"), help="one of the two parts")
     parser.add_argument("--numerics", choices=("eager", "compiled"), default="eager")
     parser.add_argument("--cuda-graphs", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the code")
     options = parser.parse_args(arguments)
     if options.tiny:
         options.size, options.steps = (64, 48), 4
     quiet_libraries()
     device = pick_device()
-    with tempfile.TemporaryDirectory() as disk:
-        folder = options.folder or Path(disk) / "z-image"
-        list(checkpoint.write("z-image", folder, tiny=options.tiny))
-        arithmetic = Arithmetic(options.cuda_graphs, Path(disk) / "cache" if options.numerics == "compiled" else None)
-        models = {"m": denoiser_only(folder, Path(disk) / "m"), "z": folder}
-        with running(Path(disk), models) as stack:
+    with checkpoint.z_image(options.folder, options.tiny) as (folder, disk):
+        arithmetic = Arithmetic(options.cuda_graphs, disk / "cache" if options.numerics == "compiled" else None)
+        models = {"m": denoiser_only(folder, disk / "m"), "z": folder}
+        with running(disk, models) as stack:
             stack.loader("--eager-load", extent_bytes="64KiB" if options.tiny else "64MiB")
             steps, claims = (
                 ([], {}) if options.only == "pipelines" else shared_steps(stack, options, arithmetic, device)

@@ -13,7 +13,6 @@ import argparse
 import functools
 import json
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 from bench import checkpoint
-from bench.common import Figures, machine, pick_device, quiet_libraries, report, synchronize, table
+from bench.common import Figures, machine, pick_device, quiet_libraries, report, synchronize, table, z_image_parser
 from bench.riding import UNLIMITED, Passage, all_at_once, attached_to, budget_for, new_ring
 from bench.trace import BUS, Span, Trace, TracedRing, stalls, trace_riders
 from services.sampler.model import AttachedModel
@@ -195,21 +194,16 @@ def write(output: Path, title: str, spans: Sequence[Span], at_least_ms: float) -
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="written by bench/checkpoint.py z-image; made if it is not there")
+    parser = z_image_parser(__doc__)
     parser.add_argument("--output", type=Path, default=Path("timeline"), help="start of the files' names")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--resident", type=float, default=0.0, metavar="SHARE", help="of the denoiser, 0 to 1")
-    parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the code")
     options = parser.parse_args(arguments)
     quiet_libraries()
     device = pick_device()
-    with tempfile.TemporaryDirectory() as disk:
-        folder = options.folder or Path(disk) / "z-image"
-        list(checkpoint.write("z-image", folder, tiny=options.tiny))
-        with running(Path(disk), {"z": folder}) as stack:
-            stack.loader("--eager-load", extent_bytes="64KiB" if options.tiny else "64MiB")
-            traces = traced(stack, (1, 4), options)
+    with checkpoint.z_image(options.folder, options.tiny) as (folder, disk), running(disk, {"z": folder}) as stack:
+        stack.loader("--eager-load", extent_bytes="64KiB" if options.tiny else "64MiB")
+        traces = traced(stack, (1, 4), options)
     figures: dict[str, Figures] = {}
     for count, spans in traces.items():
         what = f"{count} request{'s' if count > 1 else ''}, Z-Image, {options.steps} steps"

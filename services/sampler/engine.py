@@ -144,10 +144,10 @@ class Engine:
         rider: Rider = self._local.rider
         self._stop_meter(rider)
         rider.raise_fault()
+        rider.on_pause()  # first: who passes a gate is measured from there on
         rider.on_gate(gate, prepares)
         self._away.add(rider)
         start(lambda: self._tell(lambda: self._back(rider)))
-        rider.on_pause()
         self._give_on(rider)
         rider.raise_fault()
         rider.on_gate(gate, False)

@@ -17,6 +17,11 @@ def is_memory_full(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in MEMORY_TEXTS)
 
 
+def failed_allocations(device: torch.device) -> int:
+    """Allocations on the device that failed so far, whether or not somebody found another way. A CPU counts none."""
+    return int(torch.cuda.memory_stats(device)["num_ooms"]) if device.type == "cuda" else 0
+
+
 def is_device_fault(error: BaseException) -> bool:
     """Whether the error came from the device and is none of memory."""
     from_device = isinstance(error, torch.AcceleratorError) or (

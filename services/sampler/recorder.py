@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 from torch._C import _cuda_endAllocateToPool, _cuda_releasePool
 
+from services.sampler.faults import failed_allocations
+
 Replay = Callable[[], object]
 
 
@@ -63,7 +65,7 @@ class CudaRecorder:
         return graph.replay
 
     def failures(self) -> int:
-        return int(torch.cuda.memory_stats(self._device)["num_ooms"])
+        return failed_allocations(self._device)
 
     def drop(self) -> None:
         # A pool that no graph works in any more cannot be used again.

@@ -25,8 +25,8 @@ class Rider:
 
     `work(rider)` is called once in the rider's thread; its value or exception ends up in `result` / `error`, and
     `on_done(rider)` is called in that thread after the baton was given on. `on_gate(gate, waits)` is called when the
-    rider has to wait for a gate's bytes (True) and when it passes a gate (False), `on_pause()` before it gives the
-    baton on at a gate.
+    rider has to wait for a gate's bytes (True) and when it passes a gate, or another rider does for it what comes there
+    (False); `on_pause()` before it gives the baton on at a gate.
 
     Riders of one `kind` compute the same shapes and so take the same time; `steps_left()` says how many steps are still
     to be made. Both are for estimates only.

@@ -12,6 +12,8 @@ import pynvml
 import torch
 import torch.nn.functional as F
 
+from services.sampler.faults import failed_allocations
+
 # Kernels are loaded when they are first used: what a first picture was seen to add after `warm_up` (430 MiB with
 # compiled blocks), and what may come at any time after it.
 FIRST_BYTES, LATER_BYTES = 512 << 20, 96 << 20
@@ -39,10 +41,11 @@ class Vram:
 
     def shortages(self) -> dict[str, tuple[int, str]]:
         """How often torch's allocator was short of memory: counts, and what they mean."""
-        stats = torch.cuda.memory_stats(self._device)
+        retries = torch.cuda.memory_stats(self._device)["num_alloc_retries"]
+        failures = failed_allocations(self._device)
         return {
-            "retries": (stats["num_alloc_retries"], "Allocations that had to give cached memory back first."),
-            "failures": (stats["num_ooms"], "Allocations that failed; what asked may have found another way."),
+            "retries": (retries, "Allocations that had to give cached memory back first."),
+            "failures": (failures, "Allocations that failed; what asked may have found another way."),
         }
 
     def outside_bytes(self) -> int:

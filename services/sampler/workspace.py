@@ -12,6 +12,7 @@ from torch import nn
 
 from services.errors import DeviceMemoryFull
 from services.sampler.engine import Engine
+from services.sampler.faults import failed_allocations
 from services.sampler.gates import Gate
 from services.sampler.graphs import Graphs
 from services.sampler.work import Kind, Need, WorkMemory
@@ -121,9 +122,8 @@ class Workspace:
         return max(self._memory.least_bytes(kinds), self._memory.room_bytes(self._working))
 
     def failures(self) -> int:
-        """Allocations on the device that failed so far, whether or not somebody found another way."""
-        device = self._engine.transfer.device
-        count = int(torch.cuda.memory_stats(device)["num_ooms"]) if device.type == "cuda" else 0
+        """Allocations on the device that failed so far and may have changed what is computed."""
+        count = failed_allocations(self._engine.transfer.device)
         return count - (self._graphs.failures if self._graphs is not None else 0)
 
     def make_way(self) -> bool:

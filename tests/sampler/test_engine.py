@@ -225,6 +225,26 @@ def test_a_fill_that_fails_ends_who_waits(road: Road) -> None:
     assert isinstance(rider.error, HeadwaterError)
 
 
+def test_what_a_rider_says_while_another_does_its_work(road: Road) -> None:
+    """It pauses before it passes for passing the gate: who measures it in between measures nobody else."""
+    said: list[object] = []
+    ended: Future[None] = Future()
+
+    def work(rider: Rider) -> None:
+        road.engine.stand_by(road.gates[0], lambda done: done(), prepares=False)
+
+    rider = Rider(
+        work,
+        lambda rider: ended.set_result(None),
+        lambda gate, waits: said.append(waits),
+        lambda: said.append("pause"),
+    )
+    road.engine.ride(rider)
+    ended.result(20)
+
+    assert said == ["pause", False, False]
+
+
 def test_who_comes_after_a_fill_has_failed(road: Road) -> None:
     """Also a rider that came to no gate yet, as one that waited for another to encode its prompt."""
     road.gates[1].ready = False

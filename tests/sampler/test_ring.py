@@ -58,6 +58,14 @@ def ring(gates: list[Gate], budget_bytes: int = 1 << 20, **options: Any) -> Ring
     return made
 
 
+def pass_all(made: Ring, gates: list[Gate]) -> None:
+    """A sweep: each gate opens on its own bytes, and closes."""
+    for gate in gates:
+        made.enter(gate)
+        assert holds_its_own(gate)
+        made.leave(gate)
+
+
 def following(gates: list[Gate], gate: Gate) -> Iterator[Gate]:
     at = int(gate.name)
     yield from [*gates[at + 1 :], *gates[: at + 1]]
@@ -119,19 +127,14 @@ def test_the_budget_decides_who_stays(gates: list[Gate]) -> None:
 def test_work_takes_the_place_of_residents(gates: list[Gate]) -> None:
     """What is reserved for work is not held; more than the slots leave is refused with everything as it was."""
     made = ring(gates, budget_bytes=6 * WEIGHTS * 4)
-    for gate in gates:
-        made.enter(gate)
-        made.leave(gate)
+    pass_all(made, gates)
     assert made.held_bytes == 6 * WEIGHTS * 4
     made.reserve(2 * WEIGHTS * 4)
     assert made.held_bytes <= 4 * WEIGHTS * 4
     with pytest.raises(DeviceMemoryFull):
         made.reserve(5 * WEIGHTS * 4)
     made.reserve(0)
-    for gate in gates:
-        made.enter(gate)
-        assert holds_its_own(gate)
-        made.leave(gate)
+    pass_all(made, gates)
 
     assert made.held_bytes == 6 * WEIGHTS * 4
 
@@ -205,15 +208,10 @@ def test_slots_that_could_not_be_had_are_asked_for_again(gates: list[Gate], monk
 def test_residents_make_way(gates: list[Gate]) -> None:
     """Where memory is short all residents go, and every gate is streamed from then on."""
     made = ring(gates)
-    for gate in gates:
-        made.enter(gate)
-        made.leave(gate)
+    pass_all(made, gates)
     assert made.make_way()
     assert not made.make_way()
-    for gate in gates:
-        made.enter(gate)
-        assert holds_its_own(gate)
-        made.leave(gate)
+    pass_all(made, gates)
 
     assert made.held_bytes == 3 * WEIGHTS * 4
 
