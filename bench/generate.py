@@ -99,9 +99,8 @@ def warm(folder: Path, job: Job, options: argparse.Namespace, device: torch.devi
             prepare(address)
             ask(address, job.take("first"))
             two = min((ask(address, job.take(f"two {n}")) for n in range(2)), key=lambda a: a.seconds)
-            four_jobs = [replace(job.take(f"four {n}"), count=1, seed=n) for n in range(4)]
-            ask_together([address], four_jobs)
-            again = [each.take("again") for each in four_jobs]
+            first, again = ([replace(job.take(f"{t} {n}"), count=1, seed=n) for n in range(4)] for t in ("one", "two"))
+            ask_together([address], first)
             four, four_s = ask_together([address], again)
             memo = same_prompt(address, replace(job, count=1))
             picture = ask(address, job)

@@ -129,7 +129,7 @@ class Graphs:
             block.module.forward = types.MethodType(self._recorded(block), block.module)
 
     def clear(self) -> None:
-        """Give all memory back; what is still in use is recorded again as it comes."""
+        """Forget all recordings; what is still in use is recorded again as it comes."""
         self._recordings.clear()
         self._recorder.drop()
         self._full_s = None

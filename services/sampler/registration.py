@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
@@ -18,6 +17,7 @@ from services.params.arena import AttachedArena
 CHUNK_BYTES = 256 << 20
 # While it locks, the driver lets no other thread near the device, nor afterwards if the next chunk follows at once.
 PAUSE_S = 0.001
+POLL_S = 0.05
 
 log = structlog.get_logger()
 
@@ -44,26 +44,25 @@ def chunks_of(size_bytes: int, chunk_bytes: int = CHUNK_BYTES) -> Iterator[tuple
         yield start, min(chunk_bytes, size_bytes - start)
 
 
-@dataclass(eq=False, slots=True)
+def extents_in(arena: AttachedArena, start: int, size: int) -> list[int]:
+    """Numbers of the extents that lie in bytes [start, start + size), or partly."""
+    return [n for n, e in enumerate(arena.extents) if e.offset < start + size and start < e.offset + e.size_bytes]
+
+
 class Registration:
     """One arena: what of it is locked, and what is still to be."""
 
-    arena: AttachedArena
-    data: torch.Tensor  # uint8, the whole data
-    todo: list[tuple[int, int]]
-    since_s: float = field(default_factory=time.monotonic)
-    locked: list[int] = field(default_factory=list)  # addresses
+    def __init__(self, arena: AttachedArena, data: torch.Tensor, chunk_bytes: int) -> None:
+        self.arena = arena
+        self.data = data  # uint8, the whole data
+        # Extents that each chunk waits for: looked up once, for it is asked often while the arena is filled.
+        self.todo = {chunk: extents_in(arena, *chunk) for chunk in chunks_of(len(data), chunk_bytes)}
+        self.since_s = time.monotonic()
+        self.locked: list[int] = []  # addresses
 
     def next_ready(self) -> tuple[int, int] | None:
         """A chunk all of whose extents are READY."""
-        return next((chunk for chunk in self.todo if self._is_ready(*chunk)), None)
-
-    def _is_ready(self, start: int, size: int) -> bool:
-        return all(
-            self.arena.is_ready(number)
-            for number, extent in enumerate(self.arena.extents)
-            if extent.offset < start + size and start < extent.offset + extent.size_bytes
-        )
+        return next((chunk for chunk, extents in self.todo.items() if all(map(self.arena.is_ready, extents))), None)
 
 
 class Registrar:
@@ -91,7 +90,7 @@ class Registrar:
     def add(self, arena: AttachedArena, data: torch.Tensor) -> None:
         with self._mutex:
             if arena not in self._arenas:
-                self._arenas[arena] = Registration(arena, data, list(chunks_of(len(data), self._chunk_bytes)))
+                self._arenas[arena] = Registration(arena, data, self._chunk_bytes)
         self._more.set()
 
     def remove(self, arena: AttachedArena) -> None:
@@ -112,10 +111,8 @@ class Registrar:
         while self._more.wait():
             self._more.clear()
             while not self.is_done():
-                if self._lock_one():
-                    time.sleep(PAUSE_S)
-                else:
-                    self._more.wait(0.05)  # what is left is not READY yet
+                # The longer pause: what is left is not READY yet.
+                time.sleep(PAUSE_S if self._lock_one() else POLL_S)
 
     def _lock_one(self) -> bool:
         """Lock one chunk whose extents are READY; False if there is none."""
@@ -133,7 +130,7 @@ class Registrar:
         if error:
             self._fall_back(f"refused with CUDA error {error}")
             return
-        registration.todo.remove((start, size))
+        del registration.todo[start, size]
         registration.locked.append(address)
         self.locked_bytes += size
         if not registration.todo:

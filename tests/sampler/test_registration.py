@@ -50,9 +50,10 @@ class Arena:
         self.data = self.data[-self.data.data_ptr() % PAGE :][:30_000]
         self.extents = tuple(Extent(n * 3000, 3000) for n in range(10))
         self.ready = set(range(10))
-        self.writable_count = 0
+        self.asked_count = 0
 
     def is_ready(self, extent: int) -> bool:
+        self.asked_count += 1
         return extent in self.ready
 
     def writable(self, address: int, offset: int, size_bytes: int) -> Any:
@@ -95,6 +96,20 @@ def test_a_chunk_waits_for_its_extents() -> None:
     until(made.is_done)
 
     assert len(book.locked) == 4
+
+
+def test_waiting_for_extents_leaves_the_interpreter_to_others() -> None:
+    """A second arena comes while the first is waited for: then too it looks now and then, not all the time."""
+    arenas = Arena(), Arena()
+    made = registrar(Book())
+    for arena in arenas:
+        arena.ready.clear()
+        made.add(arena, arena.data)  # type: ignore[arg-type]
+        until(lambda: arena.asked_count > 0)  # noqa: B023
+    asked = [arena.asked_count for arena in arenas]
+    time.sleep(0.3)
+
+    assert all(arena.asked_count - before < 1000 for arena, before in zip(arenas, asked, strict=True))
 
 
 def test_removing_unlocks() -> None:
