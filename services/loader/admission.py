@@ -9,7 +9,6 @@ from services.errors import HostMemoryFull
 from services.loader.arenas import ArenaDir
 from services.loader.catalog import ComponentSource
 from services.loader.records import Resident
-from services.params.arena import OwnedArena
 
 _log = structlog.get_logger()
 
@@ -33,27 +32,38 @@ class Admission:
             self.residents[identity] = Resident.of(arena, known[identity])
         return list(self.residents.values())
 
-    async def reserve(self, sources: Iterable[ComponentSource], may_evict: bool) -> list[Resident]:
-        """Reserve an arena for each component that has none; the new ones.
+    async def begin(self, sources: Iterable[ComponentSource], may_evict: bool) -> list[Resident]:
+        """Begin an arena for each component that has none, with room made for all of them; the new ones.
 
-        Raises HostMemoryFull; then nothing new is reserved.
+        They may be filled from now on; samplers can have them after `reserve`. Raises HostMemoryFull; then nothing new
+        is there.
         """
         wanted = {source.identity: source for source in sources}
         missing = [source for source in wanted.values() if source.identity not in self.residents]
         headers = [self._directory.header(source) for source in missing]
         need = sum(header.file_bytes for header in headers)
         await self._make_room(need, set(wanted), may_evict)
-        created = await asyncio.gather(
-            *(asyncio.to_thread(self._directory.create, header) for header in headers), return_exceptions=True
-        )
-        arenas = [arena for arena in created if isinstance(arena, OwnedArena)]
-        if failures := [error for error in created if isinstance(error, BaseException)]:
-            for arena in arenas:
-                await _remove(arena)
-            raise self._full(need) if isinstance(failures[0], HostMemoryFull) else failures[0]
-        new = [Resident.of(arena, source) for source, arena in zip(missing, arenas, strict=True)]
+        new: list[Resident] = []
+        try:
+            for header, source in zip(headers, missing, strict=True):
+                new.append(Resident.of(self._directory.create(header), source))
+        except BaseException as error:
+            for resident in new:
+                resident.arena.unlink(even_if_leased=True)
+                resident.arena.close()
+            if isinstance(error, HostMemoryFull):
+                raise self._full(need) from error
+            raise
         self.residents |= {resident.source.identity: resident for resident in new}
         return new
+
+    async def reserve(self, new: Sequence[Resident]) -> None:
+        """Reserve all memory of what `begin` gave. Raises HostMemoryFull; what is there has to be dropped then."""
+        reserving = (asyncio.to_thread(resident.arena.reserve) for resident in new)
+        failures = [error for error in await asyncio.gather(*reserving, return_exceptions=True) if error is not None]
+        if failures:
+            need = sum(resident.arena.file_bytes for resident in new)
+            raise self._full(need) if isinstance(failures[0], HostMemoryFull) else failures[0]
 
     async def drop(self, residents: Sequence[Resident], even_if_leased: bool = False) -> int | None:
         """Evict components together; the bytes given back, or None with nothing done if any of them is in use.
@@ -113,11 +123,6 @@ def _lock_all(residents: Sequence[Resident]) -> bool:
             return False
         locked.append(resident)
     return True
-
-
-async def _remove(arena: OwnedArena) -> None:
-    arena.unlink(even_if_leased=True)
-    await asyncio.to_thread(arena.close)
 
 
 def _mib(size_bytes: int) -> str:

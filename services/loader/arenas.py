@@ -62,7 +62,7 @@ class ArenaDir:
         return Header(source.name, secrets.token_hex(16), self._boot_id, source.identity, source.layout)
 
     def create(self, header: Header) -> OwnedArena:
-        """Reserve a new arena. Raises HostMemoryFull, with nothing left behind."""
+        """Begin a new arena. Raises HostMemoryFull, with nothing left behind."""
         return OwnedArena.create(self.path / f"{header.component}-{header.generation}{_ARENA_SUFFIX}", header)
 
     def adopt(self, sources: Iterable[ComponentSource]) -> dict[str, OwnedArena]:

@@ -1,6 +1,6 @@
 """The params this host holds: which models there are, what of them is in memory, who waits for what.
 
-A component's life: ABSENT until somebody prepares a model that has it; then an arena is reserved, whole, and its
+A component's life: ABSENT until somebody prepares a model that has it; then an arena is reserved, whole, while its
 extents are filled in the order asked, once, for all callers together; READY until it is evicted. A fill that fails
 leaves the component FAILED until the next prepare, which starts over. After a loader's death its arenas are adopted:
 READY extents are verified against their digests, the others filled again.
@@ -175,15 +175,17 @@ class ParamStore:
             if not self._is_whole(record):
                 await self._scan_again(record)
             check_order(record, order)
+            new: list[Resident] = []
             if not self._is_whole(record):
-                await self._reserve(record, may_evict=urgency is not Urgency.EAGER)
+                new = await self._begin(record, may_evict=urgency is not Urgency.EAGER)
             ticket.hold(self._parts(record))
             record.is_wanted = True
             parts = dict(self._parts(record))
-        for component, extents in order:
-            self._queue.put(parts[component], extents or range(len(parts[component].states)), Urgency.NAMED)
-        for resident in parts.values():
-            self._queue.put(resident, range(len(resident.states)), urgency)
+            for component, extents in order:
+                self._queue.put(parts[component], extents or range(len(parts[component].states)), Urgency.NAMED)
+            for resident in parts.values():
+                self._queue.put(resident, range(len(resident.states)), urgency)
+            await self._reserve(new)
         self._changes.notify()
 
     def _is_whole(self, record: ModelRecord) -> bool:
@@ -205,9 +207,9 @@ class ParamStore:
         if record.source is None:
             raise BadCheckpoint(record.reason)
 
-    async def _reserve(self, record: ModelRecord, may_evict: bool) -> None:
+    async def _begin(self, record: ModelRecord, may_evict: bool) -> list[Resident]:
         assert record.source
-        new = await self._admission.reserve(record.components, may_evict)
+        new = await self._admission.begin(record.components, may_evict)
         try:
             publish = self._directory.publish_config
             record.config = await asyncio.to_thread(publish, record.entry.name, record.source)
@@ -216,6 +218,20 @@ class ParamStore:
             raise
         finally:
             self._tidy()
+        return new
+
+    async def _reserve(self, new: Sequence[Resident]) -> None:
+        """Reserve memory while the disk is read already. If there is too little, nothing of `new` stays."""
+        try:
+            await self._admission.reserve(new)
+        except Exception as error:
+            for resident in new:
+                resident.error = error  # nobody begins with another extent of it
+            if not self._is_stopping:  # else threads may still be at work, and `stop` drops all
+                for resident in new:
+                    await self._discard(resident)
+                self._tidy()
+            raise
 
     async def _scan(self, record: ModelRecord) -> None:
         try:

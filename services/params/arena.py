@@ -20,7 +20,8 @@ from services.errors import BadArena, HostMemoryFull, LoaderGone
 from services.params.header import DIGEST_BYTES, Header, Regions, parse, parse_page
 from services.params.layout import PAGE, Extent, PlacedTensor
 
-_RESERVE_STEP_BYTES = 1 << 30
+# The kernel lets nobody write to the file during one step: some 10 ms.
+_RESERVE_STEP_BYTES = 64 << 20
 _MAP_FIXED = 0x10  # Python's mmap has no name for it
 
 
@@ -141,18 +142,29 @@ class OwnedArena:
 
     @classmethod
     def create(cls, path: Path, header: Header) -> "OwnedArena":
-        """Reserve the whole file, then write its header; raises HostMemoryFull, with nothing left behind."""
+        """A new file, which is no arena before `reserve`. Raises HostMemoryFull, with nothing left behind."""
         front, regions = header.pack()
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
         try:
-            _reserve(fd, regions.file_bytes)
-            os.pwrite(fd, front[PAGE:], PAGE)
-            os.pwrite(fd, front[:PAGE], 0)  # last: without it the file is no arena
+            _check_room(fd, regions.file_bytes)
+            with _allocating():
+                os.pwrite(fd, front[PAGE:], PAGE)
         except BaseException:
             os.close(fd)
             path.unlink()
             raise
         return cls(path, fd, header, regions)
+
+    def reserve(self) -> None:
+        """Allocate every page, so that a full tmpfs is an error here; then the file is an arena.
+
+        Extents may be filled meanwhile. Raises HostMemoryFull; the file is for the caller to unlink.
+        """
+        size = self._regions.file_bytes
+        with _allocating():
+            for start in range(0, size, _RESERVE_STEP_BYTES):
+                os.posix_fallocate(self._fd, start, min(_RESERVE_STEP_BYTES, size - start))
+            os.pwrite(self._fd, self.header.pack()[0][:PAGE], 0)
 
     @classmethod
     def open(cls, path: Path) -> "OwnedArena":
@@ -179,10 +191,11 @@ class OwnedArena:
         self._set_state(extent, state)
 
     def write(self, offset: int, data: memoryview) -> None:
-        """Write at `offset` of the data; releases the GIL."""
-        while data:
-            count = os.pwrite(self._fd, data, self._regions.data + offset)
-            data, offset = data[count:], offset + count
+        """Write at `offset` of the data; releases the GIL. Raises HostMemoryFull where nothing is reserved yet."""
+        with _allocating():
+            while data:
+                count = os.pwrite(self._fd, data, self._regions.data + offset)
+                data, offset = data[count:], offset + count
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         """Read the data at `offset`; releases the GIL."""
@@ -298,19 +311,20 @@ def _c_library() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
 
 
-def _reserve(fd: int, size: int) -> None:
-    """Allocate every page, so that a full tmpfs is an error here and never a SIGBUS later."""
+def _check_room(fd: int, size: int) -> None:
     room = os.fstatvfs(fd)
     have = room.f_bavail * room.f_frsize
-    full = HostMemoryFull(
-        f"the arena directory has no room: {size / 2**20:.1f} MiB needed, {have / 2**20:.1f} MiB free"
-    )
     if size > have:
-        raise full
+        raise HostMemoryFull(
+            f"the arena directory has no room: {size / 2**20:.1f} MiB needed, {have / 2**20:.1f} MiB free"
+        )
+
+
+@contextmanager
+def _allocating() -> Iterator[None]:
     try:
-        for start in range(0, size, _RESERVE_STEP_BYTES):
-            os.posix_fallocate(fd, start, min(_RESERVE_STEP_BYTES, size - start))
+        yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM):
-            raise full from error
+            raise HostMemoryFull(f"the arena directory has no room: {os.strerror(error.errno)}") from error
         raise

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 PARKED_SHARE = 8
 # Measured needs vary a little with what lay where in memory.
 MARGIN = 1.05
+# What libraries take for themselves whatever the size: 32 MiB each for cuBLAS and cuBLASLt on an H100 or H200.
+SCRATCH_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +34,14 @@ class Need:
     peak_bytes: int
     parked_bytes: int
 
-    def scaled(self, factor: float) -> Need:
-        return Need(round(self.peak_bytes * factor), round(self.parked_bytes * factor))
+    def scaled(self, factor: float, fixed_bytes: int = 0) -> Need:
+        """`factor` times as much, of which the first `fixed_bytes` stay as they are."""
+
+        def grown(size: int) -> int:
+            fixed = min(size, fixed_bytes)
+            return fixed + round((size - fixed) * factor)
+
+        return Need(grown(self.peak_bytes), grown(self.parked_bytes))
 
     def __or__(self, other: Need) -> Need:
         return Need(max(self.peak_bytes, other.peak_bytes), max(self.parked_bytes, other.parked_bytes))
@@ -42,7 +50,8 @@ class Need:
 class WorkMemory:
     """What pictures of each kind were seen to need."""
 
-    def __init__(self, guess_bytes: int) -> None:
+    def __init__(self, guess_bytes: int, scratch_bytes: int = SCRATCH_BYTES) -> None:
+        self._scratch_bytes = scratch_bytes
         self._guess = Need(guess_bytes, guess_bytes // PARKED_SHARE)
         self._seen: dict[Kind, Need] = {}
 
@@ -54,14 +63,16 @@ class WorkMemory:
         self._seen[kind] = self._seen.get(kind, need) | need
 
     def need(self, kind: Kind) -> Need:
-        """As seen; else scaled by area from the model's picture nearest in size, tiled or not alike; else the guess."""
+        """As seen; else scaled by area, without libraries' scratch memory, from the model's picture nearest in size and
+        tiled or not alike; else the guess.
+        """
         if kind in self._seen:
             return self._seen[kind].scaled(MARGIN)
         alike = [k for k in self._seen if (k.model, k.tiled) == (kind.model, kind.tiled)]
         if not alike:
             return self._guess
         nearest = min(alike, key=lambda k: abs(k.area_px - kind.area_px))
-        return self._seen[nearest].scaled(MARGIN * max(1.0, kind.area_px / nearest.area_px))
+        return self._seen[nearest].scaled(max(1.0, kind.area_px / nearest.area_px), self._scratch_bytes).scaled(MARGIN)
 
     def least_bytes(self, kinds: Iterable[Kind]) -> int:
         """What one picture of any of these kinds needs, and no less than the guess, which is all that a start knows."""
@@ -85,7 +96,9 @@ class WorkMemory:
 
         (0, 0) if there is none.
         """
-        share = min(1.0, room_bytes / max(self.need(kind).peak_bytes, 1))
+        needed = self.need(kind).peak_bytes
+        fixed = min(needed, round(self._scratch_bytes * MARGIN))
+        share = min(1.0, max(room_bytes - fixed, 0) / max(needed - fixed, 1))
         width, height = (
             int(edge * share**0.5) // multiple_px * multiple_px for edge in (kind.width_px, kind.height_px)
         )

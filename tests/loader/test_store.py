@@ -20,7 +20,6 @@ from services.loader.fill import Filler
 from services.loader.records import Progress, Residency
 from services.loader.store import ParamStore
 from services.params.arena import OwnedArena, attach
-from services.params.header import Header
 from services.rpc.loader_client import LoaderClient
 from tests.loader.support import Tensors, Workbench, assert_holds, attach_component, prepared, workbench
 
@@ -52,14 +51,14 @@ def test_a_caller_that_leaves_during_the_reservation(bench: Workbench, monkeypat
     """The reservation is finished and filled, nothing is lost or held for the caller that left."""
     bench.add_model("toy")
     gate, entered = threading.Event(), threading.Event()
-    real = ArenaDir.create
+    real = OwnedArena.reserve
 
-    def slow(self: ArenaDir, header: Header) -> OwnedArena:
+    def slow(self: OwnedArena) -> None:
         entered.set()
         assert gate.wait(10)
-        return real(self, header)
+        real(self)
 
-    monkeypatch.setattr(ArenaDir, "create", slow)
+    monkeypatch.setattr(OwnedArena, "reserve", slow)
 
     async def use() -> None:
         async with running(bench) as store:
@@ -79,25 +78,60 @@ def test_a_caller_that_leaves_during_the_reservation(bench: Workbench, monkeypat
     asyncio.run(use())
 
 
-def test_a_reservation_that_fails_halfway_leaves_nothing(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One component has room, the other has not: neither stays, and the next prepare works."""
-    bench.add_model("toy")
-    real = ArenaDir.create
+def full_for_the_transformer(owner: type, name: str) -> Any:
+    """`owner.name`, but with no room for one component of the toy model."""
+    real = getattr(owner, name)
 
-    def create(self: ArenaDir, header: Header) -> OwnedArena:
+    def method(self: Any, *arguments: Any) -> Any:
+        header = arguments[0] if arguments else self.header
         if header.component == "transformer":
             raise errors.HostMemoryFull("no room")
-        return real(self, header)
+        return real(self, *arguments)
+
+    return method
+
+
+@pytest.mark.parametrize(("owner", "name"), [(ArenaDir, "create"), (OwnedArena, "reserve")])
+def test_a_reservation_that_fails_halfway_leaves_nothing(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch, owner: type, name: str
+) -> None:
+    """One component has room, the other has not: neither stays, and the next prepare works."""
+    bench.add_model("toy")
 
     async def use() -> None:
         async with running(bench) as store:
             with monkeypatch.context() as patch:
-                patch.setattr(ArenaDir, "create", create)
-                with pytest.raises(errors.HostMemoryFull):
+                patch.setattr(owner, name, full_for_the_transformer(owner, name))
+                with pytest.raises(errors.HostMemoryFull, match="MiB needed"):
                     await drain(store.prepare("toy"))
             assert [path.name for path in bench.arena_dir.iterdir()] == ["loader.lock"]
             assert store.model("toy").state is Residency.ABSENT
             assert (await drain(store.prepare("toy"))).is_done
+
+    asyncio.run(use())
+
+
+def test_extents_are_filled_while_memory_is_reserved(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is not idle meanwhile; callers hear of it afterwards, when samplers can attach."""
+    bench.add_model("toy")
+    gate = threading.Event()
+    real = OwnedArena.reserve
+
+    def slow(self: OwnedArena) -> None:
+        assert gate.wait(10)
+        real(self)
+
+    monkeypatch.setattr(OwnedArena, "reserve", slow)
+
+    async def use() -> None:
+        async with running(bench) as store:
+            caller = asyncio.create_task(drain(store.prepare("toy")))
+            async for views in store.watch("test"):
+                if views[0].state is Residency.READY:
+                    break
+            assert not caller.done()
+            gate.set()
+            assert (await caller).is_done
 
     asyncio.run(use())
 

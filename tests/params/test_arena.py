@@ -41,6 +41,7 @@ def memory() -> Iterator[Path]:
 @pytest.fixture
 def owned(memory: Path) -> Iterator[OwnedArena]:
     arena = OwnedArena.create(memory / "t.arena", make_header())
+    arena.reserve()
     yield arena
     arena.close()
 
@@ -213,12 +214,20 @@ def test_a_truncated_arena_is_refused_before_it_is_mapped(owned: OwnedArena) -> 
         attach(owned.path, GENERATION)
 
 
-def test_all_memory_is_reserved_before_the_header_is_written(memory: Path) -> None:
-    """The file has all its blocks from the start: no later write can fail for want of room."""
+def test_it_is_an_arena_when_all_memory_is_reserved(memory: Path) -> None:
+    """From then on the file has all its blocks: no later write can fail for want of room. Earlier writes stay."""
     arena = OwnedArena.create(memory / "a.arena", make_header(count=50, size=10_000))
+    data = fill(arena, 3)
+    with pytest.raises(BadArena):
+        attach(arena.path, GENERATION)
+    arena.reserve()
 
-    assert (memory / "a.arena").stat().st_blocks * 512 >= arena.file_bytes
-    assert (memory / "a.arena").stat().st_mode & 0o777 == 0o640
+    assert arena.path.stat().st_blocks * 512 >= arena.file_bytes
+    assert arena.path.stat().st_mode & 0o777 == 0o640
+    with attach(arena.path, GENERATION) as attached:
+        place_ = attached.extents[3]
+        assert [n for n in range(len(attached.extents)) if attached.is_ready(n)] == [3]
+        assert attached.data[place_.offset : place_.offset + place_.size_bytes] == data
     arena.close()
 
 

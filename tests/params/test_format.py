@@ -22,6 +22,7 @@ def test_the_file_is_what_the_document_says() -> None:
     header = Header("unet", "ab" * 16, "cd" * 16, "ef" * 16, place(specs, 8192))
     path = Path(f"/dev/shm/headwater-test-{os.getpid()}-{time.monotonic_ns()}.arena")
     arena = OwnedArena.create(path, header)
+    arena.reserve()
     try:
         arena.write(512, memoryview(b"t.10"))
         arena.publish(1, b"0123456789abcdef")

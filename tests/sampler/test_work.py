@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.sampler.work import MARGIN, Kind, Need, WorkMemory
+from services.sampler.work import MARGIN, SCRATCH_BYTES, Kind, Need, WorkMemory
 
 MIB = 1 << 20
 kinds = st.builds(Kind, st.sampled_from("ab"), st.integers(1, 64).map(lambda n: n * 16), st.just(512))
@@ -27,14 +27,24 @@ def test_room_holds_whoever_runs_beside_all_that_wait(seen: list[tuple[Kind, Nee
 
 
 def test_a_size_not_seen_yet_is_scaled_by_area() -> None:
-    """Twice the area needs twice as much; a smaller one is not trusted to need less."""
+    """Twice the area needs twice as much beside the libraries' scratch; a smaller one is not trusted to need less."""
     work = WorkMemory(64 * MIB)
     assert work.need(Kind("a", 512, 512)).peak_bytes == 64 * MIB
-    work.learn(Kind("a", 512, 512), Need(100 * MIB, 10 * MIB))
+    work.learn(Kind("a", 512, 512), Need(SCRATCH_BYTES + 100 * MIB, 10 * MIB))
 
-    assert work.need(Kind("a", 1024, 512)).peak_bytes == round(200 * MIB * MARGIN)
-    assert work.need(Kind("a", 256, 256)).peak_bytes == round(100 * MIB * MARGIN)
+    assert work.need(Kind("a", 1024, 512)) == Need(
+        round((SCRATCH_BYTES + 200 * MIB) * MARGIN), round(10 * MIB * MARGIN)
+    )
+    assert work.need(Kind("a", 256, 256)).peak_bytes == round((SCRATCH_BYTES + 100 * MIB) * MARGIN)
     assert work.need(Kind("b", 1024, 512)).peak_bytes == 64 * MIB
+
+
+def test_a_thumbnail_does_not_speak_against_pictures() -> None:
+    """Nearly all that it takes is the libraries' scratch memory, which a picture takes too, but once."""
+    work = WorkMemory(64 * MIB)
+    work.learn(Kind("a", 64, 64), Need(37 * MIB, 1 * MIB))
+
+    assert not work.never_fits(Kind("a", 1024, 1024), 500 * MIB)
 
 
 def test_a_model_is_attached_with_room_for_a_picture() -> None:

@@ -43,7 +43,7 @@ class Studio:
     def __init__(self) -> None:
         self.device = Device()
         self.engine = Engine(self.device)
-        memory = WorkMemory(10)
+        memory = WorkMemory(10, scratch_bytes=0)
         memory.learn(SMALL, Need(38, 19))  # 5 % are added: 40 and 20
         memory.learn(LARGE, Need(80, 40))  # 84 and 42
         memory.learn(Kind("m", 512, 512, tiled=True), Need(38, 19))
