@@ -67,7 +67,7 @@ def flags(max_vram: str, options: argparse.Namespace) -> tuple[str, ...]:
 
 
 def cold(folder: Path, job: Job, options: argparse.Namespace, device: torch.device) -> tuple[Figures, Answer]:
-    """On demand: nothing in memory, the first request makes the loader read."""
+    """On demand: nothing in memory, the first request makes the loader read. Then two that find all there."""
     drop_page_cache(folder)
     rate = disk_rate(weights(folder))
     with served(folder, "cold", options.logs) as stack:
@@ -75,12 +75,15 @@ def cold(folder: Path, job: Job, options: argparse.Namespace, device: torch.devi
         address = start_sampler(stack, device, options.tiny, *flags(options.max_vram, options)).addresses[0]
         dropped = drop_page_cache(folder)
         answer = ask(address, job)
+        after_s = min(ask(address, job.take(f"after {n}")).seconds for n in range(2))
     size = sum(file.stat().st_size for file in weights(folder))
     return {
         "page_cache_dropped": dropped,
         "disk_gb_s": rate / 1e9,
         "cold_s": answer.seconds,
         "read_alone_s": size / rate,
+        "after_cold_s": after_s,
+        "cold_to_limit": answer.seconds / (1.10 * size / rate + after_s),
         **parts(answer, "cold"),
     }, answer
 
@@ -189,7 +192,6 @@ def two_pictures(folder: Path, job: Job, options: argparse.Namespace, device: to
     return figures | {
         "warm_to_group_offload": number("warm_s") / number("plain_group_offload_s"),
         "warm_to_resident": number("warm_s") / number("plain_resident_s"),
-        "cold_to_read_and_warm": number("cold_s") / (number("read_alone_s") + number("warm_s")),
         "cold_to_limit": number("cold_s") / (1.10 * number("read_alone_s") + number("warm_s")),
         "eager_rate_to_disk_rate": number("read_alone_s") / number("eager_fill_s"),
         "cold_equals_warm": np.array_equal(*drawn),
@@ -259,6 +261,7 @@ def at_budget(address: str, job: Job) -> Figures:
 def main(arguments: list[str] | None = None) -> None:
     parser = z_image_parser(__doc__)
     parser.add_argument("--max-vram", default="11", metavar="GIB")
+    parser.add_argument("--only", choices=("cold",), help="nothing but the cold start, and one that finds all there")
     parser.add_argument("--budgets", nargs="+", metavar="GIB", help="go through these instead; 0: all that is free")
     parser.add_argument("--numerics", choices=("eager", "compiled"), default="eager")
     parser.add_argument("--cuda-graphs", action=argparse.BooleanOptionalAction, default=True)
@@ -270,7 +273,12 @@ def main(arguments: list[str] | None = None) -> None:
     device = pick_device()
     with checkpoint.z_image(options.folder, options.tiny) as (folder, disk):
         options.compile_cache = disk / "cache"
-        if options.budgets:
+        arithmetic = {"numerics": options.numerics, "cuda_graphs": options.cuda_graphs}
+        if options.only:
+            figures, _ = cold(folder, job, options, device)
+            table("cold start", ("", ""), list(figures.items()))
+            report("generate", device, {"max_vram_gib": options.max_vram, **arithmetic, **figures})
+        elif options.budgets:
             rows = budgets(folder, replace(job, tiled_decode=None), options, device)
             table("VRAM budgets", list(rows[0]), [list(row.values()) for row in rows])
             claims = budget_claims(rows)
@@ -281,7 +289,6 @@ def main(arguments: list[str] | None = None) -> None:
             table(
                 f"two pictures {job.width_px}x{job.height_px}, {job.step_count} steps", ("", ""), list(figures.items())
             )
-            arithmetic = {"numerics": options.numerics, "cuda_graphs": options.cuda_graphs}
             report("generate", device, {"max_vram_gib": options.max_vram, **arithmetic, **figures})
 
 

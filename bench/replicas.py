@@ -2,9 +2,10 @@
 
     python bench/replicas.py --folder /tmp/z-image --max-vram 11
 
-Host memory is each process's PSS (/proc/PID/smaps_rollup), in which a shared page counts once over all its sharers. A
-sampler's start is cut in three: its process until it serves, which is mostly imports; attaching; and the first picture
-of one step, until its first denoise step has ended. Throughput is of all samplers on one device.
+Host memory is each process's PSS (/proc/PID/smaps_rollup), in which a shared page counts once over all its sharers;
+`own` is what of it no file stands behind. A sampler's start is cut: its process until it serves, which is mostly
+imports; attaching; and from the start of attaching until the first picture's first sweep, the text encoder's, begins
+and ends, and until its first denoise step has ended. Throughput is of all samplers on one device.
 """
 
 from __future__ import annotations
@@ -30,26 +31,35 @@ from tests.stack import Process, Stack, running
 ALLOWED_EACH_BYTES = 3 * GIB // 2
 
 
-def pss(pid: int) -> int:
-    """A process's share of memory, bytes."""
+def pss(pid: int, kind: str = "Pss") -> int:
+    """A process's share of memory, bytes; of one kind, as the kernel calls it."""
     text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    found = re.search(r"^Pss:\s+(\d+) kB", text, re.MULTILINE)
+    found = re.search(rf"^{kind}:\s+(\d+) kB", text, re.MULTILINE)
     assert found is not None, text
     return int(found[1]) * 1024
 
 
-def first_step_s(address: str, job: Job) -> tuple[float, float]:
-    """(seconds to attach, seconds from the start of attaching until the first denoise step has ended)."""
+def first_sweeps_s(address: str, job: Job) -> Figures:
+    """Seconds from the start of attaching until each of these."""
+    seconds: Figures = {}
+
+    def now(what: str) -> None:
+        seconds.setdefault(what, time.perf_counter() - start)
+
     with Client(address) as client:
         start = time.perf_counter()
         client.model(job.model, timeout=300)
-        attached = time.perf_counter()
+        now("attached_s")
         for event in client.stream(
             job.prompt, model=job.model, width=job.width_px, height=job.height_px, steps=1, guidance_scale=0.0, seed=1
         ):
-            if isinstance(event, Progress) and event.phase is Phase.DENOISING and event.step == 1:
-                ended = time.perf_counter()
-    return attached - start, ended - start
+            if isinstance(event, Progress) and event.phase is Phase.ENCODING:
+                now("sweep_begins_s")
+            if isinstance(event, Progress) and event.phase is Phase.DENOISING:
+                now("sweep_ends_s")
+                if event.step == 1:
+                    now("first_step_ends_s")
+    return seconds
 
 
 def replicas(stack: Stack, job: Job, options: argparse.Namespace, device: torch.device) -> list[Figures]:
@@ -65,7 +75,7 @@ def replicas(stack: Stack, job: Job, options: argparse.Namespace, device: torch.
         address = samplers[-1].addresses[0]
         if count == 1:  # the first waits for the disk; the further ones find all in memory
             prepare(address)
-        attach_s, step_s = first_step_s(address, job.take("first"))
+        start_figures = first_sweeps_s(address, job.take("first"))
         pictures.update(ask(address, job).hashes)
         addresses = [sampler.addresses[0] for sampler in samplers]
         jobs = [replace(job.take(f"{count} {n}"), seed=n) for n in range(4 * count)]
@@ -76,12 +86,13 @@ def replicas(stack: Stack, job: Job, options: argparse.Namespace, device: torch.
             {
                 "samplers": count,
                 "serving_s": serving_s,
-                "attach_s": attach_s,
-                "attach_to_first_step_s": step_s,
+                **start_figures,
                 "pictures_per_s": len(jobs) / together_s,
                 "arenas_gib": arenas / GIB,
                 "loader_pss_gib": shares[0] / GIB,
                 "samplers_pss_gib": sum(shares[1:]) / GIB,
+                "samplers_own_gib": sum(pss(sampler.pid, "Pss_Anon") for sampler in samplers) / GIB,
+                "samplers_files_gib": sum(pss(sampler.pid, "Pss_File") for sampler in samplers) / GIB,
                 "within_limit": sum(shares) <= 1.02 * arenas + count * ALLOWED_EACH_BYTES,
                 "same_picture": len(pictures) == 1,
             }

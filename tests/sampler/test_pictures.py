@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from headwater_client import Client
 
+from services.sampler.registration import Way
 from tests.sampler.support import pixels, plain_picture, served
-from tests.stack import Process
+from tests.stack import Process, Stack
 from tests.tiny_models import ARCHITECTURES
 
 FOLDERS = [
@@ -47,6 +48,22 @@ def test_equals_diffusers(name: str, way: str, tiny_folders: dict[str, Path], re
     for reference, result in zip(references, together, strict=True):
         assert np.array_equal(pixels(result.images[0].pil), reference)
     assert np.array_equal(pixels(alone.images[0].pil), references[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("page_lock", "way"), [("protected", Way.PROTECTED), ("staged", Way.STAGED)])
+def test_every_way_to_the_device_draws_the_same(
+    page_lock: str, way: Way, cuda_streaming_sampler: Process, stack: Stack
+) -> None:
+    """Where the best way of page-locking is not to be had, copies are slower and pixels the same."""
+    want = served(cuda_streaming_sampler.addresses[0], "z_image_bf16", *REQUESTS[0])
+    flags = ("--max-vram", "4", "--work-reserve", "1", "--no-stream-layers", "--page-lock", page_lock)
+    sampler = stack.sampler("--device", "cuda", *flags)
+    result = served(sampler.addresses[0], "z_image_bf16", *REQUESTS[0])
+
+    assert way.value in sampler.wait_for("event=serving")
+    assert result.images[0].sha256 == want.images[0].sha256
+    assert sampler.stop() == 0
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
