@@ -37,6 +37,7 @@ from tests.stack import Stack
 
 T = TypeVar("T")
 UNLIMITED = 1 << 50
+LEAST_STEPS = 4  # of which one is measured
 GATE_LIMIT, TINY_GATE_LIMIT = 512 << 20, 600_000  # a gate for each block, in both
 Mark = Any  # a CUDA event, or seconds
 
@@ -97,7 +98,10 @@ def between_ms(start: Mark, end: Mark) -> float:
 
 @dataclass
 class Ride:
-    """What a few steps that all riders made together showed. Times and bytes leave the first two steps out."""
+    """What a few steps that all riders made together showed.
+
+    Times and bytes leave out the first two steps and the last, after which nothing is brought ahead.
+    """
 
     step_ms: float = float("inf")  # in which each rider made one step
     wall_ms: float = float("inf")  # the same from the host's clock over all steps, start and end included
@@ -125,11 +129,12 @@ class Log:
     def summary(self, riders: int, wall_s: float) -> Ride:
         """Once the device is idle. It does not matter in which order the riders made their steps."""
         step_count = len(self.marks) // riders
-        first, measured = 2 * riders - 1, step_count - 2
+        first, last = 2 * riders - 1, (step_count - 1) * riders - 1
+        measured = step_count - 3
         return Ride(
-            between_ms(self.marks[first], self.marks[-1]) / measured,
+            between_ms(self.marks[first], self.marks[last]) / measured,
             wall_s * 1e3 / step_count,
-            (self.streamed[-1] - self.streamed[first]) // measured,
+            (self.streamed[last] - self.streamed[first]) // measured,
         )
 
 
@@ -139,7 +144,7 @@ def ride(model: AttachedModel, calls: Sequence[Call], step_count: int, runs: int
     found = []
     for run in range(runs + 1):
         log, outputs = Log(device), [list[torch.Tensor]() for _ in calls]
-        count = step_count if run else 3
+        count = step_count if run else LEAST_STEPS
         wall_s = seconds(lambda n=count, log=log, o=outputs: ride_once(model, calls, n, log, o), device)  # type: ignore[misc]
         found.append(log.summary(len(calls), wall_s))
         found[-1].outputs = outputs

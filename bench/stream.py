@@ -28,6 +28,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from bench import checkpoint
 from bench.common import Figures, copy_rate, pick_device, quiet_libraries, report, seconds, table, z_image_parser
 from bench.riding import (
+    LEAST_STEPS,
     UNLIMITED,
     Call,
     Log,
@@ -70,7 +71,7 @@ def plain_ride(transformer: Any, calls: Sequence[Call], step_count: int, runs: i
     with torch.inference_mode():
         for run in range(runs + 1):
             log, outputs = Log(device), list[list[torch.Tensor]]()
-            wall_s = seconds(functools.partial(work, step_count if run else 3, log, outputs), device)
+            wall_s = seconds(functools.partial(work, step_count if run else LEAST_STEPS, log, outputs), device)
             found.append(log.summary(1, wall_s))
             found[-1].outputs = outputs
     return min(found[1:], key=lambda each: each.step_ms)
@@ -209,7 +210,7 @@ def measure(folder: Path, options: argparse.Namespace, device: torch.device) -> 
 def main(arguments: list[str] | None = None) -> None:
     parser = z_image_parser(__doc__)
     parser.add_argument("--size", type=int, nargs=2, default=(1024, 688), metavar="PX")
-    parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=9, help="at least 4")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     options = parser.parse_args(arguments)
     if options.tiny:

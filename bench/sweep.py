@@ -120,7 +120,7 @@ def whole_pipelines(
 def main(arguments: list[str] | None = None) -> None:
     parser = z_image_parser(__doc__)
     parser.add_argument("--size", type=int, nargs=2, default=(512, 512), metavar="PX")
-    parser.add_argument("--steps", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=9, help="at least 4")
     parser.add_argument("--only", choices=("steps", "pipelines"), help="one of the two parts")
     parser.add_argument("--numerics", choices=("eager", "compiled"), default="eager")
     parser.add_argument("--cuda-graphs", action=argparse.BooleanOptionalAction, default=True)
