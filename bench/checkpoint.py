@@ -220,11 +220,11 @@ def write(model: str, folder: Path, form: str = "shards", tiny: bool = False) ->
 
 
 @contextmanager
-def z_image(folder: Path | None, tiny: bool) -> Iterator[tuple[Path, Path]]:
-    """(Z-Image's folder, written if it is not there; a folder for what else a run needs, which goes with it)."""
+def there(model: str, folder: Path | None, tiny: bool) -> Iterator[tuple[Path, Path]]:
+    """(The model's folder, written if it is not there; a folder for what else a run needs, which goes with it)."""
     with tempfile.TemporaryDirectory() as disk:
-        folder = folder or Path(disk) / "z-image"
-        list(write("z-image", folder, tiny=tiny))
+        folder = folder or Path(disk) / model
+        list(write(model, folder, tiny=tiny))
         yield folder, Path(disk)
 
 

@@ -35,7 +35,7 @@ def quiet_libraries() -> None:
 def z_image_parser(doc: str | None) -> argparse.ArgumentParser:
     """The arguments of every script that measures Z-Image; `doc` is the script's own."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="written by bench/checkpoint.py z-image; made if it is not there")
+    parser.add_argument("--folder", type=Path, help="written by bench/checkpoint.py; made if it is not there")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the code")
     return parser
 
@@ -60,7 +60,7 @@ def machine(device: torch.device) -> Figures:
         "diffusers": diffusers.__version__,
         "transformers": transformers.__version__,
         # A copy of the tree without its history is told the commit.
-        "commit": git.stdout.strip() or os.environ.get("HEADWATER_COMMIT", ""),
+        "commit": os.environ.get("HEADWATER_COMMIT") or git.stdout.strip(),
     }
 
 

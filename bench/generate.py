@@ -271,7 +271,7 @@ def main(arguments: list[str] | None = None) -> None:
     job = Job(PROMPT, 64, 48, 3, count=2) if options.tiny else Job(PROMPT, 1024, 688, 9, count=2)
     quiet_libraries()
     device = pick_device()
-    with checkpoint.z_image(options.folder, options.tiny) as (folder, disk):
+    with checkpoint.there("z-image", options.folder, options.tiny) as (folder, disk):
         options.compile_cache = disk / "cache"
         arithmetic = {"numerics": options.numerics, "cuda_graphs": options.cuda_graphs}
         if options.only:

@@ -108,7 +108,10 @@ def main(arguments: list[str] | None = None) -> None:
     job = Job("a red fox in the snow", 64, 48, 3) if options.tiny else Job("a red fox in the snow", 1024, 688, 9)
     quiet_libraries()
     device = pick_device()
-    with checkpoint.z_image(options.folder, options.tiny) as (folder, disk), running(disk, {"z": folder}) as stack:
+    with (
+        checkpoint.there("z-image", options.folder, options.tiny) as (folder, disk),
+        running(disk, {"z": folder}) as stack,
+    ):
         rows = replicas(stack, job, options, device)
     table("samplers on one loader", list(rows[0]), [list(row.values()) for row in rows])
     report("replicas", device, {"max_vram_gib": options.max_vram, "replicas": rows})

@@ -165,7 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     quiet_libraries()
     device = pick_device()
-    with checkpoint.z_image(options.folder, options.tiny) as (folder, disk):
+    with checkpoint.there("z-image", options.folder, options.tiny) as (folder, disk):
         figures = measure(folder, disk, options, device)
     table(f"{options.count} requests", ("", ""), [(k, v) for k, v in figures.items() if k != "at_rest"])
     report("soak", device, {"max_vram_gib": options.max_vram, **figures})

@@ -217,7 +217,7 @@ def main(arguments: list[str] | None = None) -> None:
         options.size, options.steps = (64, 48), 4
     quiet_libraries()
     device = pick_device()
-    with checkpoint.z_image(options.folder, options.tiny) as (folder, _):
+    with checkpoint.there("z-image", options.folder, options.tiny) as (folder, _):
         rows, figures = measure(folder, options, device)
     keys = ("at_s", "step_ms", "wall_ms", "step_bytes", "counted_bytes", "resident_share", "bit_equal")
     table(

@@ -129,7 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
         options.size, options.steps = (64, 48), 4
     quiet_libraries()
     device = pick_device()
-    with checkpoint.z_image(options.folder, options.tiny) as (folder, disk):
+    with checkpoint.there("z-image", options.folder, options.tiny) as (folder, disk):
         arithmetic = Arithmetic(options.cuda_graphs, disk / "cache" if options.numerics == "compiled" else None)
         models = {"m": denoiser_only(folder, disk / "m"), "z": folder}
         with running(disk, models) as stack:

@@ -1,6 +1,7 @@
 """Draws when the bus and the riders were busy in one request, and in four at once, so that a stall can be seen.
 
     python bench/timeline.py --folder /tmp/z-image --output timeline
+    python bench/timeline.py --model sdxl --folder /tmp/sdxl --output timeline-sdxl
 
 Writes OUTPUT-1.png and OUTPUT-4.png, and OUTPUT-1.json and OUTPUT-4.json for chrome://tracing or ui.perfetto.dev. Whole
 pipelines on the engine in this process, a warm run first; nothing resident unless --resident says which share of the
@@ -32,6 +33,7 @@ from tests.stack import Stack, running
 WIDTH, LEFT, TOP, LANE, GAP = 1800, 110, 64, 34, 12
 COLOURS = {"text_encoder": "#7e57c2", "transformer": "#1e88e5", "vae": "#43a047", BUS: "#fb8c00"}
 STALLS = {BUS: "#e53935", "host": "#fdd835"}
+GUIDANCE = {"z-image": 0.0, "sdxl": None}  # by model; None: its own
 SIZES = ((1024, 688), (512, 512), (768, 512), (640, 448))
 TINY_SIZES = ((64, 48), (64, 64), (48, 64), (64, 48))
 
@@ -83,7 +85,7 @@ def traced(stack: Stack, counts: Sequence[int], options: argparse.Namespace) -> 
                 requests = [
                     ImageRequest(
                         "z", f"a fox, {take:>5} {n}", f"r{n}", width_px=sizes[n][0], height_px=sizes[n][1],
-                        step_count=options.steps, guidance_scale=0.0,
+                        step_count=options.steps, guidance_scale=GUIDANCE[options.model],
                     )
                     for n in range(count)
                 ]  # fmt: skip
@@ -195,25 +197,29 @@ def write(output: Path, title: str, spans: Sequence[Span], at_least_ms: float) -
 
 def main(arguments: list[str] | None = None) -> None:
     parser = z_image_parser(__doc__)
+    parser.add_argument("--model", choices=GUIDANCE, default="z-image")
     parser.add_argument("--output", type=Path, default=Path("timeline"), help="start of the files' names")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--resident", type=float, default=0.0, metavar="SHARE", help="of the denoiser, 0 to 1")
     options = parser.parse_args(arguments)
     quiet_libraries()
     device = pick_device()
-    with checkpoint.z_image(options.folder, options.tiny) as (folder, disk), running(disk, {"z": folder}) as stack:
+    with (
+        checkpoint.there(options.model, options.folder, options.tiny) as (folder, disk),
+        running(disk, {"z": folder}) as stack,
+    ):
         stack.loader("--eager-load", extent_bytes="64KiB" if options.tiny else "64MiB")
         traces = traced(stack, (1, 4), options)
     figures: dict[str, Figures] = {}
     for count, spans in traces.items():
-        what = f"{count} request{'s' if count > 1 else ''}, Z-Image, {options.steps} steps"
+        what = f"{count} request{'s' if count > 1 else ''}, {options.model}, {options.steps} steps"
         kept = f"{options.resident:.0%} of the denoiser resident" if options.resident else "nothing resident"
         title = f"{what}, {kept}, {machine(device)['device']}"
         output = options.output.with_name(f"{options.output.name}-{count}")
         figures[str(count)] = write(output, title, spans, at_least_ms=0.05)
     rows = [(count, *found.values()) for count, found in figures.items()]
     table("timeline", ("requests", *figures["1"]), rows)
-    report("timeline", device, {"resident_share": options.resident, "requests": figures})
+    report("timeline", device, {"model": options.model, "resident_share": options.resident, "requests": figures})
 
 
 if __name__ == "__main__":

@@ -134,6 +134,12 @@ def test_sweep(folder: Path, run: Any) -> None:
         assert figures[key] > 0
 
 
+def test_timeline_of_another_model(run: Any, tmp_path: Path) -> None:
+    figures = run("timeline", "--model", "sdxl", "--output", tmp_path / "t", "--steps", "2")
+    assert figures["model"] == "sdxl"
+    assert set(figures["requests"]) == {"1", "4"}
+
+
 def test_timeline(folder: Path, run: Any, tmp_path: Path) -> None:
     figures = run("timeline", "--folder", folder, "--output", tmp_path / "t", "--steps", "2")
     for count in ("1", "4"):
