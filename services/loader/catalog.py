@@ -15,9 +15,10 @@ import xxhash
 
 from services.errors import BadCheckpoint
 from services.loader.config import ModelEntry
-from services.params.checkpoint import Checkpoint, read_checkpoint
+from services.params.checkpoint import read_checkpoint
 from services.params.header import VERSION
 from services.params.layout import Layout, place
+from services.params.specs import Checkpoint
 
 MAX_SMALL_FILE_BYTES = 64 << 20
 MAX_SMALL_FILES = 2_000

@@ -18,8 +18,8 @@ import xxhash
 from services.loader.reads import plan_reads
 from services.loader.source import SourceFile
 from services.params.arena import OwnedArena
-from services.params.checkpoint import Checkpoint, TensorSpec
 from services.params.layout import PAGE
+from services.params.specs import Checkpoint, TensorSpec
 
 CHUNK_BYTES = 8 << 20
 _ZEROS = bytes(PAGE)

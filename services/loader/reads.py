@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from services.params.checkpoint import TensorSpec
 from services.params.layout import Layout
+from services.params.specs import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)

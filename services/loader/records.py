@@ -9,7 +9,7 @@ from services.errors import HeadwaterError
 from services.loader.catalog import ComponentSource, ModelSource
 from services.loader.config import ModelEntry
 from services.params.arena import ExtentState, OwnedArena
-from services.params.checkpoint import TensorSpec
+from services.params.specs import TensorSpec
 
 
 class Residency(Enum):

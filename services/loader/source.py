@@ -4,8 +4,8 @@ import errno
 import os
 
 from services.errors import BadCheckpoint, CheckpointChanged
-from services.params.checkpoint import CheckpointFile, FileIdentity
 from services.params.layout import PAGE, round_up
+from services.params.specs import CheckpointFile, FileIdentity
 
 
 class SourceFile:

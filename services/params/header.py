@@ -14,8 +14,9 @@ from typing import Any
 import xxhash
 
 from services.errors import BadArena
-from services.params.checkpoint import ITEM_BYTES, MAX_HEADER_BYTES, MAX_TENSORS
 from services.params.layout import ALIGNMENT, PAGE, Extent, Layout, PlacedTensor, round_up
+from services.params.safetensors_header import ITEM_BYTES, MAX_HEADER_BYTES
+from services.params.specs import MAX_TENSORS
 
 MAGIC = b"HWARENA\0"
 VERSION = 1

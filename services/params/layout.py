@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from services.params.checkpoint import TensorSpec
+from services.params.specs import TensorSpec
 
 ALIGNMENT = 512
 PAGE = 4096

@@ -4,8 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.loader.reads import plan_reads
-from services.params.checkpoint import TensorSpec
 from services.params.layout import place
+from services.params.specs import TensorSpec
 
 
 @given(

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from services.errors import BadArena, HostMemoryFull, LoaderGone
 from services.params import header as header_module
 from services.params.arena import AttachedArena, ExtentState, OwnedArena, attach, discard
-from services.params.checkpoint import TensorSpec
 from services.params.header import Header
 from services.params.layout import PAGE, place
+from services.params.specs import TensorSpec
 
 GENERATION = "ab" * 16
 

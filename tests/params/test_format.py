@@ -9,9 +9,9 @@ from pathlib import Path
 import xxhash
 
 from services.params.arena import OwnedArena
-from services.params.checkpoint import TensorSpec
 from services.params.header import Header
 from services.params.layout import place
+from services.params.specs import TensorSpec
 
 PAGE = 4096
 

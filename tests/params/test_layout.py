@@ -3,9 +3,9 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.params.checkpoint import TensorSpec
 from services.params.header import check_layout
 from services.params.layout import ALIGNMENT, PAGE, natural_key, place
+from services.params.specs import TensorSpec
 
 SIZES = st.lists(st.one_of(st.integers(0, 5_000), st.sampled_from([0, 511, 512, 513, 4096, 8192, 20_000])), max_size=40)
 

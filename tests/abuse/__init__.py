@@ -1,0 +1,1 @@
+"""Files that no reader should trust, by what is wrong with them: (bytes, words of the refusal)."""
