@@ -8,8 +8,9 @@ import grpc
 import structlog
 from headwater.loader.v1 import loader_pb2_grpc
 
+from services.loader import upkeep
 from services.loader.arenas import ArenaDir
-from services.loader.config import Config, ConfigError, parse_args
+from services.loader.config import Config, ConfigError, Upkeep, parse_args
 from services.loader.fill import Filler
 from services.loader.service import SERVICE, LoaderService
 from services.loader.store import ParamStore
@@ -20,9 +21,11 @@ _log = structlog.get_logger()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a loader; 0 after a signal, 1 with one line on stderr for what the operator has to mend."""
+    """Run a loader, or look after its folder; 0 after a signal, 1 for what the operator has to mend."""
     try:
         config = parse_args(argv)
+        if isinstance(config, Upkeep):
+            return upkeep.run(config)
         logs.configure(config.log_format, config.log_level)
         asyncio.run(_serve(config))
     except ConfigError as error:

@@ -22,7 +22,7 @@ from services.params.header import Header
 
 LOCK_NAME = "loader.lock"
 _MADE = b"a loader made this folder\n"
-_ARENA_SUFFIX = ".arena"
+ARENA_SUFFIX = ".arena"
 _CONFIG_PREFIX = "config-"
 
 _log = structlog.get_logger()
@@ -63,7 +63,7 @@ class ArenaDir:
 
     def create(self, header: Header) -> OwnedArena:
         """Begin a new arena. Raises HostMemoryFull, with nothing left behind."""
-        return OwnedArena.create(self.path / f"{header.component}-{header.generation}{_ARENA_SUFFIX}", header)
+        return OwnedArena.create(self.path / f"{header.component}-{header.generation}{ARENA_SUFFIX}", header)
 
     def adopt(self, sources: Iterable[ComponentSource]) -> dict[str, OwnedArena]:
         """Arenas of a dead loader that hold what a source says, by identity; all others are removed.
@@ -72,7 +72,7 @@ class ArenaDir:
         """
         known = {source.identity: source for source in sources}
         adopted: dict[str, OwnedArena] = {}
-        for path in sorted(self.path.glob(f"*{_ARENA_SUFFIX}")):
+        for path in sorted(self.path.glob(f"*{ARENA_SUFFIX}")):
             arena = self._open_wanted(path, known)
             if arena and arena.header.identity not in adopted:
                 arena.adopt()
@@ -83,6 +83,17 @@ class ArenaDir:
             if not discard(path):
                 _log.warning("an old arena stays: a sampler maps it", arena=path.name)
         return adopted
+
+    def clear(self) -> tuple[int, list[str]]:
+        """Remove all arenas that no sampler maps; (bytes given back, names of those that stay)."""
+        freed_bytes, kept = 0, []
+        for path in sorted(self.path.glob(f"*{ARENA_SUFFIX}")):
+            size_bytes = path.stat().st_blocks * 512
+            if discard(path):
+                freed_bytes += size_bytes
+            else:
+                kept.append(path.name)
+        return freed_bytes, kept
 
     def _open_wanted(self, path: Path, known: dict[str, ComponentSource]) -> OwnedArena | None:
         try:
@@ -124,9 +135,10 @@ class ArenaDir:
                     shutil.rmtree(folder, ignore_errors=True)
 
     def close(self) -> None:
-        """Remove the config folders and the lock; the folder too, if this loader made it and it is empty."""
+        """Remove the config folders and, if no arena stays, the lock; the folder too, if a loader made it."""
         self.remove_configs_except(set())
-        (self.path / LOCK_NAME).unlink(missing_ok=True)
+        if not any(self.path.glob(f"*{ARENA_SUFFIX}")):  # else the lock says whose they are
+            (self.path / LOCK_NAME).unlink(missing_ok=True)
         os.close(self._lock)
         if self._is_ours:
             with suppress(OSError):

@@ -6,6 +6,7 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from services.params.layout import EXTENT_BYTES, PAGE
 from services.rpc.logs import LOG_FORMATS, LOG_LEVELS, LogFormat
@@ -47,9 +48,23 @@ class Config:
     log_level: str
 
 
-def parse_args(argv: Sequence[str] | None = None) -> Config:
-    """The configuration of a command line. Raises ConfigError; argparse exits by itself for a wrong flag."""
-    args = vars(_parser().parse_args(argv))
+@dataclass(frozen=True, slots=True)
+class Upkeep:
+    """What is to be done with an arena folder in place of serving from it."""
+
+    task: Literal["check", "clean"]
+    arena_dir: Path
+    fill_threads: int
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Config | Upkeep:
+    """What a command line asks for. Raises ConfigError; argparse exits by itself for a wrong flag."""
+    parser = _parser()
+    args = vars(parser.parse_args(argv))
+    if task := args.pop("task"):
+        return Upkeep(task, args["arena_dir"], args["fill_threads"])
+    if missing := [f"--{name}" for name in ("models", "listen") if args[name] is None]:
+        parser.error(f"the following arguments are required: {', '.join(missing)}")
     return Config(models=read_models(args.pop("models")), **args)
 
 
@@ -122,10 +137,11 @@ def _parser() -> argparse.ArgumentParser:
         description="Keep one shared-memory copy of each model's params and fill it from disk as it is asked.",
     )
     add = parser.add_argument
-    add(
-        "--models", type=Path, required=True, help="models.toml: a table [models.NAME] with folder = ... for each model"
-    )
-    add("--listen", required=True, metavar="ADDRESS", help="unix:/path (mode 0660) or host:port")
+    add("--models", type=Path, help="models.toml: a table [models.NAME] with folder = ... for each model")
+    add("--listen", metavar="ADDRESS", help="unix:/path (mode 0660) or host:port")
+    task = parser.add_mutually_exclusive_group()
+    for name, text in (("check", "compare all that is filled with its digests"), ("clean", "remove what nobody owns")):
+        task.add_argument(f"--{name}", dest="task", action="store_const", const=name, help=f"{text}, and do not serve")
     add("--arena-dir", type=Path, default=Path("/dev/shm/headwater"), help="folder on a tmpfs (default: %(default)s)")
     add("--allow-disk", action="store_true", help="accept an arena folder that is not on a tmpfs")
     add("--eager-load", action="store_true", help="fill all models now, not when they are asked for")

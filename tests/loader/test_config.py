@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from services.loader.config import ConfigError, parse_args, parse_size, read_models
+from services.loader.config import Config, ConfigError, Upkeep, parse_args, parse_size, read_models
 
 
 def test_folders_are_relative_to_the_file(tmp_path: Path) -> None:
@@ -58,10 +58,15 @@ def test_flags_become_one_frozen_config(tmp_path: Path) -> None:
 
     config = parse_args([*flags, "--host-budget", "64GiB", "--max-fill-rate", "100MiB"])
 
+    assert isinstance(config, Config)
     assert config.host_budget_bytes == 64 << 30
     assert config.max_fill_rate == 100 << 20
     assert config.arena_dir == Path("/dev/shm/headwater")
     assert config.extent_bytes == 64 << 20
+    assert parse_args(["--check", "--arena-dir", "/dev/shm/x"]) == Upkeep("check", Path("/dev/shm/x"), 8)
     for bad in (["--extent-bytes", "1000"], ["--fill-threads", "0"], ["--host-budget", "0"], ["--nonsense"]):
         with pytest.raises(SystemExit):
             parse_args([*flags, *bad])
+    for bad in ([], flags[:2], flags[2:], ["--check", "--clean"]):
+        with pytest.raises(SystemExit):
+            parse_args(bad)
