@@ -12,6 +12,7 @@ from services.loader import upkeep
 from services.loader.arenas import ArenaDir
 from services.loader.config import Config, ConfigError, Upkeep, parse_args
 from services.loader.fill import Filler
+from services.loader.pressure import relieving
 from services.loader.service import SERVICE, LoaderService
 from services.loader.store import ParamStore
 from services.rpc import logs
@@ -63,7 +64,8 @@ async def _run(config: Config, server: grpc.aio.Server, address: str, directory:
         await health.set_all(SERVING)
         _log.info("serving", address=address, models=len(config.models))
         eager = [asyncio.create_task(store.load_all())] if config.eager_load else []
-        await run_until_signal(server, health, config.grace_s, store.begin_stop, address)
+        async with relieving(store.give_back, config.pressure_limit_percent):
+            await run_until_signal(server, health, config.grace_s, store.begin_stop, address)
         await asyncio.gather(*eager)
     finally:
         await store.stop()

@@ -16,8 +16,15 @@ _log = structlog.get_logger()
 class Admission:
     """Residents by identity. Its coroutines must not run at the same time: the store holds one lock around them."""
 
-    def __init__(self, directory: ArenaDir, budget_bytes: int | None, label: Callable[[Resident], str]) -> None:
+    def __init__(
+        self,
+        directory: ArenaDir,
+        budget_bytes: int | None,
+        label: Callable[[Resident], str],
+        is_pinned: Callable[[Resident], bool] = lambda resident: False,
+    ) -> None:
         self.residents: dict[str, Resident] = {}
+        self._is_pinned = is_pinned
         self._directory = directory
         self._budget_bytes = budget_bytes
         self._label = label
@@ -82,18 +89,37 @@ class Admission:
             _log.info("evicted", arena=resident.arena.path.name, size_bytes=resident.arena.file_bytes)
         return sum(resident.arena.file_bytes for resident in residents)
 
+    async def drop_idle(self) -> int | None:
+        """Evict the component that was used least recently of those that may go; its bytes, None if there is none."""
+        for resident in self._idle(set()):
+            if freed := await self.drop([resident]):
+                return freed
+        return None
+
+    def _idle(self, keep: set[str]) -> list[Resident]:
+        """What may go to make room, used least recently first."""
+        idle = [
+            resident
+            for resident in self.residents.values()
+            if resident.source.identity not in keep and not self._is_pinned(resident) and not resident.is_in_use
+        ]
+        return sorted(idle, key=lambda resident: resident.last_used)
+
     async def _make_room(self, need: int, keep: set[str], may_evict: bool) -> None:
         if need <= self._room():
             return
-        idle = [r for r in self.residents.values() if r.source.identity not in keep and not r.is_in_use]
+        idle = self._idle(keep)
         if not may_evict or need > self._room() + sum(resident.arena.file_bytes for resident in idle):
             raise self._full(need)
-        for resident in sorted(idle, key=lambda resident: resident.last_used):
+        for resident in idle:
             if need <= self._room():
                 return
             await self.drop([resident])
         if need > self._room():
             raise self._full(need)
+
+    def _why_it_stays(self, resident: Resident) -> str:
+        return " pinned" if self._is_pinned(resident) else " in use" if resident.is_in_use else ""
 
     def _room(self) -> int:
         free = self._directory.free_bytes()
@@ -104,7 +130,7 @@ class Admission:
     def _full(self, need: int) -> HostMemoryFull:
         budget = "" if self._budget_bytes is None else f" of a budget of {_mib(self._budget_bytes)}"
         held = [
-            f"{self._label(resident)} {_mib(resident.arena.file_bytes)}{' in use' if resident.is_in_use else ''}"
+            f"{self._label(resident)} {_mib(resident.arena.file_bytes)}{self._why_it_stays(resident)}"
             for resident in self.residents.values()
         ]
         return HostMemoryFull(

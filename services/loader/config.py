@@ -22,11 +22,15 @@ class ConfigError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ModelEntry:
-    """One table of models.toml. `variant` is diffusers' word: `fp16` picks `model.fp16.safetensors`."""
+    """One table of models.toml. `variant` is diffusers' word: `fp16` picks `model.fp16.safetensors`.
+
+    pin: once in memory its components stay there until an operator evicts them.
+    """
 
     name: str
     folder: Path
     variant: str = ""
+    pin: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,7 @@ class Config:
     fill_threads: int
     max_fill_rate: int | None
     buffered_io: bool
+    pressure_limit_percent: float
     extent_bytes: int
     grace_s: float
     log_format: LogFormat
@@ -97,11 +102,13 @@ def _entry(path: Path, name: str, table: object) -> ModelEntry:
         raise ConfigError(f"{where}: a name is up to 64 letters, digits, dots, dashes and underscores")
     if not isinstance(table, dict) or not isinstance(table.get("folder"), str):
         raise ConfigError(f'{where} needs folder = "..."')
-    _check_keys(where, table, {"folder", "variant"})
-    variant = table.get("variant", "")
+    _check_keys(where, table, {"folder", "variant", "pin"})
+    variant, pin = table.get("variant", ""), table.get("pin", False)
     if not isinstance(variant, str) or (variant and not _NAME.fullmatch(variant)):
         raise ConfigError(f'{where}: variant is a word such as "fp16"')
-    return ModelEntry(name, (path.parent / table["folder"]).absolute(), variant)
+    if not isinstance(pin, bool):
+        raise ConfigError(f"{where}: pin is true or false")
+    return ModelEntry(name, (path.parent / table["folder"]).absolute(), variant, pin)
 
 
 def _check_keys(where: str, table: dict[str, object], known: set[str]) -> None:
@@ -131,6 +138,16 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _percent(text: str) -> float:
+    try:
+        percent = float(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError("must be a number") from error
+    if not 0 <= percent <= 100:
+        raise argparse.ArgumentTypeError("must be from 0 to 100")
+    return percent
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="headwater-loader",
@@ -149,6 +166,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--fill-threads", type=_count, default=8, metavar="N", help="threads that read (default: %(default)s)")
     add("--max-fill-rate", type=_size, metavar="SIZE", help="most bytes a second to read from disk")
     add("--buffered-io", action="store_true", help="read through the page cache instead of around it")
+    add("--pressure-limit", type=_percent, dest="pressure_limit_percent", default=10.0, metavar="PERCENT",
+        help="give back what nobody uses while tasks wait for memory that much of the time; 0: never "
+        "(default: %(default)g)")  # fmt: skip
     add("--extent-bytes", type=_extent_size, default=EXTENT_BYTES, metavar="SIZE", help="unit of fill (default: 64MiB)")
     add("--grace", type=float, dest="grace_s", default=5.0, metavar="S", help="seconds that running calls get at stop")
     add("--log-format", choices=LOG_FORMATS, default="text")

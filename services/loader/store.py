@@ -46,7 +46,7 @@ class ParamStore:
         self._directory = directory
         self._filler = filler
         self._extent_bytes = extent_bytes
-        self._admission = Admission(directory, budget_bytes, self._label)
+        self._admission = Admission(directory, budget_bytes, self._label, self._is_pinned)
         self._admitting = asyncio.Lock()
         self._queue = FillQueue()
         self._changes = Changes()
@@ -121,6 +121,13 @@ class ParamStore:
                 who = f"; watching are: {', '.join(sorted(self._replicas))}" if self._replicas else ""
                 raise Leased(f"{name} is in use by a sampler or being filled; nothing was evicted{who}")
             record.is_wanted = False
+            self._tidy()
+        return freed
+
+    async def give_back(self) -> int | None:
+        """Evict the component that was used least recently, if one may go; its bytes. The host is short of memory."""
+        async with self._admitting:
+            freed = await self._admission.drop_idle()
             self._tidy()
         return freed
 
@@ -275,6 +282,10 @@ class ParamStore:
 
     def _view(self, record: ModelRecord) -> ModelView:
         return view_of(record, dict(self._parts(record)), self._read_bytes)
+
+    def _is_pinned(self, resident: Resident) -> bool:
+        pinned = (record for record in self._records.values() if record.entry.pin)
+        return any(part.identity == resident.source.identity for record in pinned for part in record.components)
 
     def _label(self, resident: Resident) -> str:
         for record in self._records.values():

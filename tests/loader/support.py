@@ -85,7 +85,7 @@ class Workbench:
     disk: Path
     memory: Path
     folders: dict[str, Path] = field(default_factory=dict)
-    extra: dict[str, str] = field(default_factory=dict)
+    options: dict[str, str] = field(default_factory=dict)  # more lines of a model's table
 
     @property
     def arena_dir(self) -> Path:
@@ -101,7 +101,10 @@ class Workbench:
 
     def write_models(self) -> Path:
         path = self.disk / "models.toml"
-        tables = (f'[models.{name}]\nfolder = "{folder}"\n' for name, folder in self.folders.items())
+        tables = (
+            f'[models.{name}]\nfolder = "{folder}"\n{self.options.get(name, "")}\n'
+            for name, folder in self.folders.items()
+        )
         path.write_text("".join(tables))
         return path
 

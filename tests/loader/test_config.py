@@ -4,18 +4,18 @@ from pathlib import Path
 
 import pytest
 
-from services.loader.config import Config, ConfigError, Upkeep, parse_args, parse_size, read_models
+from services.loader.config import Config, ConfigError, ModelEntry, Upkeep, parse_args, parse_size, read_models
 
 
 def test_folders_are_relative_to_the_file(tmp_path: Path) -> None:
     """Sorted by name; the variant is optional."""
     path = tmp_path / "models.toml"
-    path.write_text('[models.b]\nfolder = "sub/b"\n[models.a]\nfolder = "/abs/a"\nvariant = "fp16"\n')
+    path.write_text('[models.b]\nfolder = "sub/b"\npin = true\n[models.a]\nfolder = "/abs/a"\nvariant = "fp16"\n')
 
     a, b = read_models(path)
 
-    assert (a.name, a.folder, a.variant) == ("a", Path("/abs/a"), "fp16")
-    assert (b.name, b.folder, b.variant) == ("b", tmp_path / "sub/b", "")
+    assert a == ModelEntry("a", Path("/abs/a"), "fp16", pin=False)
+    assert b == ModelEntry("b", tmp_path / "sub/b", "", pin=True)
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,8 @@ def test_folders_are_relative_to_the_file(tmp_path: Path) -> None:
         ("models = 1", "no \\[models.NAME\\] table"),
         ("[models.toy]\n", "models.toy needs folder"),
         ("[models.toy]\nfolder = 1\n", "models.toy needs folder"),
-        ('[models.toy]\nfolder = "x"\nfolde = 1\n', "models.toy: unknown key folde .known: folder, variant."),
+        ('[models.toy]\nfolder = "x"\nfolde = 1\n', "models.toy: unknown key folde .known: folder, pin, variant."),
+        ('[models.toy]\nfolder = "x"\npin = 1\n', "pin is true or false"),
         ('[models.toy]\nfolder = "x"\n[model.more]\n', "unknown key model "),
         ('[models.toy]\nfolder = "x"\nvariant = "a/b"\n', "variant is a word"),
         ('[models."../toy"]\nfolder = "x"\n', "a name is up to 64"),
@@ -64,7 +65,13 @@ def test_flags_become_one_frozen_config(tmp_path: Path) -> None:
     assert config.arena_dir == Path("/dev/shm/headwater")
     assert config.extent_bytes == 64 << 20
     assert parse_args(["--check", "--arena-dir", "/dev/shm/x"]) == Upkeep("check", Path("/dev/shm/x"), 8)
-    for bad in (["--extent-bytes", "1000"], ["--fill-threads", "0"], ["--host-budget", "0"], ["--nonsense"]):
+    for bad in (
+        ["--extent-bytes", "1000"],
+        ["--fill-threads", "0"],
+        ["--host-budget", "0"],
+        ["--pressure-limit", "101"],
+        ["--nonsense"],
+    ):
         with pytest.raises(SystemExit):
             parse_args([*flags, *bad])
     for bad in ([], flags[:2], flags[2:], ["--check", "--clean"]):

@@ -90,6 +90,30 @@ def test_the_budget_evicts_the_least_recently_used(bench: Workbench) -> None:
         asyncio.run(use())
 
 
+def test_a_pinned_model_is_not_evicted_for_others(bench: Workbench) -> None:
+    """The older one stays, for it is pinned; an operator may evict it all the same."""
+    for seed, name in enumerate(("a", "b", "c")):
+        bench.add_model(name, seed=seed * 10)
+    bench.options["a"] = bench.options["b"] = "pin = true"
+
+    async def use() -> None:
+        async with LoaderClient(bench.address) as client:
+            await prepared(client, "a")
+            await prepared(client, "c")
+            await prepared(client, "b")
+            assert [model.state for model in await client.list_models()] == [
+                pb.RESIDENCY_STATE_READY,
+                pb.RESIDENCY_STATE_READY,
+                pb.RESIDENCY_STATE_ABSENT,
+            ]
+            await refused(prepared(client, "c"), errors.HostMemoryFull, "held: a/.* pinned")
+            assert await client.evict("a") > 0
+            await prepared(client, "c")
+
+    with bench.loader("--host-budget", "480KiB"):
+        asyncio.run(use())
+
+
 def test_a_leased_model_is_not_evicted(bench: Workbench) -> None:
     """FAILED_PRECONDITION while one component is mapped, and nothing of the model goes."""
     tensors = bench.add_model("toy")
