@@ -210,6 +210,14 @@ def test_replicas(folder: Path, run: Any) -> None:
         assert 0 < row["attached_s"] < row["sweep_begins_s"] < row["sweep_ends_s"] < row["first_step_ends_s"]
 
 
+def test_fill(run: Any) -> None:
+    figures = run("fill", "--rounds", "1")
+    assert [row["from"] for row in figures["rounds"]] == ["disk", "page cache"]
+    assert figures["memory_within_limit"] is True
+    for row in figures["rounds"]:
+        assert row["fill_to_plain"] > 0
+
+
 def test_soak(folder: Path, run: Any) -> None:
     figures = run("soak", "--folder", folder, "--count", "24")
     assert figures["rerun_bit_equal"] is True

@@ -1,0 +1,155 @@
+"""Filling from disk and from the page cache against plain parallel reads of the same files, and what memory it takes.
+
+    python bench/fill.py --model sdxl --folder /tmp/sdxl
+
+A plain read puts each byte into anonymous memory once, with threads enough to be fast. A fill is a loader's eager load,
+from when it serves until all is READY. Both alternate, for disks are not even; ratios are of neighbours.
+Memory is the arenas, the files' pages in the page cache and the loader's own, looked at all the while.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+
+from bench import checkpoint
+from bench.common import GIB, Figures, pick_device, report, table
+from bench.disk import cached_pages, disk_rate, drop_page_cache, weights
+from bench.shapes import MODELS
+from services.rpc.loader_client import LoaderClient
+from tests.stack import Process, Stack, running
+
+ALLOWED_FACTOR, ALLOWED_BYTES = 1.05, 200 << 20
+
+
+def ready(address: str) -> None:
+    """Wait until all of the model is READY."""
+
+    async def ask() -> None:
+        async with LoaderClient(address) as client:
+            async for _ in client.prepare("m"):
+                pass
+
+    asyncio.run(ask())
+
+
+class HostMemory:
+    """The most that arenas, a checkpoint's pages in the page cache and the loader took together, bytes."""
+
+    def __init__(self, stack: Stack, files: Sequence[Path], loader: Process) -> None:
+        self.peak_bytes = 0
+        self._stack, self._files, self._loader = stack, files, loader
+
+    def look(self) -> int:
+        arenas = sum(file.stat().st_blocks * 512 for file in self._stack.arena_dir.glob("*.arena"))
+        cached = sum(map(cached_pages, self._files)) * os.sysconf("SC_PAGE_SIZE")
+        status = Path(f"/proc/{self._loader.pid}/status").read_text()
+        own = sum(int(line.split()[1]) for line in status.splitlines() if line.startswith(("RssAnon", "RssFile"))) << 10
+        self.peak_bytes = max(self.peak_bytes, arenas + cached + own)
+        return arenas + cached + own
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        over = threading.Event()
+
+        def watch() -> None:
+            while not over.wait(0.2):
+                self.look()
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+
+def fill(folder: Path, size: int, *flags: str) -> Figures:
+    """One eager load."""
+    with tempfile.TemporaryDirectory() as disk, running(Path(disk), {"m": folder}) as stack:
+        loader = stack.loader("--eager-load", *flags, extent_bytes="64MiB")
+        memory, start = HostMemory(stack, weights(folder), loader), time.perf_counter()
+        with memory.watched():
+            ready(stack.loader_address)
+            seconds = time.perf_counter() - start
+        after = memory.look()
+        cpu = sum(map(int, Path(f"/proc/{loader.pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
+    return {
+        "fill_gb_s": size / seconds / 1e9,
+        "fill_cpu_s": cpu / os.sysconf("SC_CLK_TCK"),
+        "peak_to_model": memory.peak_bytes / size,
+        "after_to_model": after / size,
+        "within_limit": memory.peak_bytes <= ALLOWED_FACTOR * size + ALLOWED_BYTES,
+    }
+
+
+def warm_up(files: Sequence[Path]) -> None:
+    """Have all bytes in the page cache."""
+    for file in files:
+        with file.open("rb", buffering=0) as opened:
+            while opened.read(64 << 20):
+                pass
+
+
+def rounds(folder: Path, options: argparse.Namespace) -> list[Figures]:
+    """A row for each way and round: a plain read, then a fill."""
+    files = weights(folder)
+    size = sum(file.stat().st_size for file in files)
+    threads = ("--fill-threads", str(options.threads))
+    rows: list[Figures] = []
+    for number in range(options.rounds):
+        for way in ("disk", "page cache"):
+            cached = way == "page cache"
+            warm_up(files) if cached else drop_page_cache(folder)
+            plain = disk_rate(files, around_cache=not cached)
+            warm_up(files) if cached else drop_page_cache(folder)
+            filled = fill(folder, size, *threads, *(("--buffered-io",) if cached else ()))
+            ratio = float(str(filled["fill_gb_s"])) * 1e9 / plain
+            rows.append({"from": way, "round": number, "plain_gb_s": plain / 1e9, **filled, "fill_to_plain": ratio})
+    return rows
+
+
+def claims(rows: Sequence[Figures]) -> Figures:
+    """The medians, and whether memory was always within the limit."""
+
+    def median(way: str) -> float:
+        return statistics.median(float(str(row["fill_to_plain"])) for row in rows if row["from"] == way)
+
+    return {
+        "disk_fill_to_plain": median("disk"),
+        "page_cache_fill_to_plain": median("page cache"),
+        "memory_within_limit": all(row["within_limit"] is True for row in rows if row["from"] == "disk"),
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="sdxl")
+    parser.add_argument("--folder", type=Path, help="written by bench/checkpoint.py; made if it is not there")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the code")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=8, help="the loader's --fill-threads")
+    options = parser.parse_args(arguments)
+    with checkpoint.there(options.model, options.folder, options.tiny) as (folder, _):
+        rows = rounds(folder, options)
+        size = sum(file.stat().st_size for file in weights(folder))
+    figures = claims(rows)
+    table(f"{size / GIB:.2f} GiB, {options.threads} threads", list(rows[0]), [list(row.values()) for row in rows])
+    table("claims", ("", ""), list(figures.items()))
+    report("fill", pick_device(), {"bytes": size, "threads": options.threads, "rounds": rows, **figures})
+
+
+if __name__ == "__main__":
+    main()
