@@ -78,6 +78,28 @@ def test_a_reader_cannot_write(owned: OwnedArena) -> None:
         assert [line.split()[1] for line in maps if owned.path.name in line] == ["r--s"]
 
 
+def test_weights_stay_out_of_core_dumps(owned: OwnedArena) -> None:
+    """Also where pages were mapped anew for page-locking."""
+
+    def flags_at(address: int) -> list[str]:
+        found: list[str] = []
+        inside = False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            if "-" in line.split()[0]:
+                start, end = (int(edge, 16) for edge in line.split()[0].split("-"))
+                inside = start <= address < end
+            elif inside and line.startswith("VmFlags:"):
+                found = line.split()[1:]
+        return found
+
+    with attach(owned.path, GENERATION) as arena:
+        address = np.frombuffer(arena.data, dtype=np.uint8).ctypes.data
+        assert "dd" in flags_at(address)  # "do not include area into core dump"
+        with arena.writable(address, 0, PAGE):
+            assert "dd" in flags_at(address)
+        assert "dd" in flags_at(address)
+
+
 def test_pages_are_writable_for_the_time_of_a_block(owned: OwnedArena) -> None:
     """They are mapped at the same address, show the same bytes as they are filled, and are read-only again after it."""
     expected = fill(owned, 0)
