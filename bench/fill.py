@@ -10,7 +10,6 @@ Memory is the arenas, the files' pages in the page cache and the loader's own, l
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import statistics
 import sys
@@ -27,21 +26,10 @@ from bench import checkpoint
 from bench.common import GIB, Figures, pick_device, report, table
 from bench.disk import cached_pages, disk_rate, drop_page_cache, weights
 from bench.shapes import MODELS
-from services.rpc.loader_client import LoaderClient
+from tests.sampler.inprocess import prepared
 from tests.stack import Process, Stack, running
 
 ALLOWED_FACTOR, ALLOWED_BYTES = 1.05, 200 << 20
-
-
-def ready(address: str) -> None:
-    """Wait until all of the model is READY."""
-
-    async def ask() -> None:
-        async with LoaderClient(address) as client:
-            async for _ in client.prepare("m"):
-                pass
-
-    asyncio.run(ask())
 
 
 class HostMemory:
@@ -82,7 +70,7 @@ def fill(folder: Path, size: int, *flags: str) -> Figures:
         loader = stack.loader("--eager-load", *flags, extent_bytes="64MiB")
         memory, start = HostMemory(stack, weights(folder), loader), time.perf_counter()
         with memory.watched():
-            ready(stack.loader_address)
+            prepared(stack, "m")
             seconds = time.perf_counter() - start
         after = memory.look()
         cpu = sum(map(int, Path(f"/proc/{loader.pid}/stat").read_text().rpartition(")")[2].split()[11:13]))

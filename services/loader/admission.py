@@ -21,7 +21,7 @@ class Admission:
         directory: ArenaDir,
         budget_bytes: int | None,
         label: Callable[[Resident], str],
-        is_pinned: Callable[[Resident], bool] = lambda resident: False,
+        is_pinned: Callable[[Resident], bool],
     ) -> None:
         self.residents: dict[str, Resident] = {}
         self._is_pinned = is_pinned

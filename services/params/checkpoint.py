@@ -61,8 +61,8 @@ def read_header(path: Path, number: int = 0) -> tuple[CheckpointFile, list[Tenso
 def _read_format(fd: int, path: Path, file_bytes: int, number: int) -> tuple[bytes, list[TensorSpec]]:
     """(the header's bytes, tensors); a file is what its name says, or refused."""
     if path.suffix == ".gguf":
-        header = gguf_header.read_header(lambda at, size: os.pread(fd, size, at), path.name, file_bytes)
-        return header.raw, header.specs(number)
+        header = gguf_header.read_header(lambda at, size: os.pread(fd, size, at), path.name, file_bytes, number)
+        return header.raw, header.tensors
     raw = read_raw(fd, path.name, file_bytes)
     return raw, parse_header(raw, path.name, file_bytes, number)
 

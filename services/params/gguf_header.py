@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from services.errors import BadCheckpoint
-from services.params.specs import MAX_TENSORS, TensorSpec, check_name, what_is
+from services.params.layout import round_up
+from services.params.specs import MAX_NAME_BYTES, MAX_TENSORS, TensorSpec, check_name, what_is
 
 MAX_HEADER_BYTES = 32 << 20
 MAX_ENTRIES = 4096
@@ -58,15 +59,11 @@ Fetch = Callable[[int, int], bytes]  # (offset, size): so many bytes of the file
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """What stands in front of the tensors' bytes. `tensors` have their absolute offsets, and no file number yet."""
+    """What stands in front of the tensors' bytes."""
 
     raw: bytes
     metadata: dict[str, Value]
-    tensors: tuple[TensorSpec, ...]
-
-    def specs(self, number: int) -> list[TensorSpec]:
-        """The tensors, as those of file `number`."""
-        return [TensorSpec(t.name, t.dtype, t.shape, number, t.offset, t.size_bytes) for t in self.tensors]
+    tensors: list[TensorSpec]
 
 
 class _Cursor:
@@ -130,8 +127,8 @@ class _Cursor:
         self.at = at
 
 
-def read_header(fetch: Fetch, name: str, file_bytes: int) -> GgufHeader:
-    """The header of the file `name` of so many bytes.
+def read_header(fetch: Fetch, name: str, file_bytes: int, number: int = 0) -> GgufHeader:
+    """The header of the file `name` of so many bytes; `number` is what the tensors carry as `file`.
 
     Raises BadCheckpoint, and what `fetch` raises. Takes memory for the header and no more, whatever a file claims.
     """
@@ -149,7 +146,8 @@ def read_header(fetch: Fetch, name: str, file_bytes: int) -> GgufHeader:
     claims = [_claim(cursor) for _ in range(tensor_count)]
     if len({claim.name for claim in claims}) != len(claims):
         raise cursor.bad("a tensor name stands twice in its header")
-    return GgufHeader(bytes(cursor.raw[: cursor.at]), metadata, _placed(cursor, claims, _alignment(cursor, metadata)))
+    tensors = _placed(cursor, claims, _alignment(cursor, metadata), number)
+    return GgufHeader(bytes(cursor.raw[: cursor.at]), metadata, tensors)
 
 
 def _metadata(cursor: _Cursor, count: int) -> dict[str, Value]:
@@ -217,7 +215,7 @@ class _Claim(NamedTuple):
 
 
 def _claim(cursor: _Cursor) -> _Claim:
-    name = cursor.text("a tensor name", MAX_KEY_BYTES)
+    name = cursor.text("a tensor name", MAX_NAME_BYTES)
     check_name(cursor.name, name)
     dim_count = int(cursor.number("<I"))
     if not 1 <= dim_count <= MAX_DIMS:
@@ -236,7 +234,7 @@ def _claim(cursor: _Cursor) -> _Claim:
     return _Claim(name, packing, tuple(reversed(dims)), offset)  # ggml writes the fastest dimension first
 
 
-def _placed(cursor: _Cursor, claims: list[_Claim], alignment: int) -> tuple[TensorSpec, ...]:
+def _placed(cursor: _Cursor, claims: list[_Claim], alignment: int, number: int) -> list[TensorSpec]:
     """The tensors where they lie in the file: one behind the other, nothing between them but padding."""
     start = round_up(cursor.at, alignment)
     end = padded = 0
@@ -248,8 +246,4 @@ def _placed(cursor: _Cursor, claims: list[_Claim], alignment: int) -> tuple[Tens
     if claims and not start + end <= cursor.file_bytes <= start + padded:
         what = "truncated" if cursor.file_bytes < start + end else "longer than its header says"
         raise cursor.bad(f"{what}: {cursor.file_bytes} bytes, {start + end} expected")
-    return tuple(TensorSpec(c.name, c.packing.name, c.shape, 0, start + c.offset, c.size_bytes) for c in claims)
-
-
-def round_up(value: int, unit: int) -> int:
-    return -(-value // unit) * unit
+    return [TensorSpec(c.name, c.packing.name, c.shape, number, start + c.offset, c.size_bytes) for c in claims]

@@ -66,6 +66,12 @@ def place(tensors: Iterable[TensorSpec], extent_bytes: int = EXTENT_BYTES) -> La
     return Layout(tuple(placed), tuple(extents), sum(extent.size_bytes for extent in extents))
 
 
+def extents_in(extents: Iterable[Extent], offset: int, size_bytes: int) -> list[int]:
+    """Numbers of the extents that lie in bytes [offset, offset + size_bytes) of the data, or partly."""
+    end = offset + size_bytes
+    return [n for n, extent in enumerate(extents) if extent.offset < end and offset < extent.offset + extent.size_bytes]
+
+
 def natural_key(name: str) -> tuple[tuple[str | int, ...], str]:
     """Sorts `blocks.2` before `blocks.10`; the name itself decides between `a.01` and `a.1`."""
     parts = re.split(r"([0-9]+)", name)

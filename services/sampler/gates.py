@@ -7,14 +7,13 @@ from names. This file knows torch modules and arenas; it knows nothing of riders
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from services.params.arena import AttachedArena
-from services.params.layout import ALIGNMENT
+from services.params.layout import ALIGNMENT, extents_in
 
 # An embedding table above this is looked up on the host: a prompt needs a few of its rows.
 HOST_LOOKUP_BYTES = 64 << 20
@@ -59,7 +58,9 @@ class Gate:
 
     def __post_init__(self) -> None:
         self.copies, self.places, self.size_bytes = lay_out(self.params)
-        self.extents = tuple(sorted({e for p in self.params for e in extents_of(self.arena, p)}))
+        self.extents = tuple(
+            sorted({e for p in self.params for e in extents_in(self.arena.extents, p.offset, p.size_bytes)})
+        )
         self._waiting = list(self.extents)
 
     def is_ready(self) -> bool:
@@ -93,14 +94,6 @@ class Absent:
                 ones = torch.full((tensor.element_size(),), 0xFF, dtype=torch.uint8, device=self._device)
                 self._nans[tensor.dtype] = ones.view(tensor.dtype)
             return self._nans[tensor.dtype].expand(tensor.shape)
-
-
-def extents_of(arena: AttachedArena, param: BoundParam) -> Iterator[int]:
-    """Numbers of the extents that hold a param; a param cut out of a larger tensor may lie in one of several."""
-    end = param.offset + param.size_bytes
-    for number, extent in enumerate(arena.extents):
-        if extent.offset < end and param.offset < extent.offset + extent.size_bytes:
-            yield number
 
 
 def lay_out(params: tuple[BoundParam, ...]) -> tuple[tuple[Copy, ...], tuple[int, ...], int]:

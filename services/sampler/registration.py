@@ -12,6 +12,7 @@ import structlog
 import torch
 
 from services.params.arena import AttachedArena
+from services.params.layout import extents_in
 
 # The driver locks 10 to 23 GB a second: a chunk takes some 20 ms. Copies are cut where chunks end.
 CHUNK_BYTES = 256 << 20
@@ -44,11 +45,6 @@ def chunks_of(size_bytes: int, chunk_bytes: int = CHUNK_BYTES) -> Iterator[tuple
         yield start, min(chunk_bytes, size_bytes - start)
 
 
-def extents_in(arena: AttachedArena, start: int, size: int) -> list[int]:
-    """Numbers of the extents that lie in bytes [start, start + size), or partly."""
-    return [n for n, e in enumerate(arena.extents) if e.offset < start + size and start < e.offset + e.size_bytes]
-
-
 class Registration:
     """One arena: what of it is locked, and what is still to be."""
 
@@ -56,7 +52,7 @@ class Registration:
         self.arena = arena
         self.data = data  # uint8, the whole data
         # Extents that each chunk waits for: looked up once, for it is asked often while the arena is filled.
-        self.todo = {chunk: extents_in(arena, *chunk) for chunk in chunks_of(len(data), chunk_bytes)}
+        self.todo = {chunk: extents_in(arena.extents, *chunk) for chunk in chunks_of(len(data), chunk_bytes)}
         self.since_s = time.monotonic()
         self.locked: list[int] = []  # addresses
 

@@ -221,9 +221,10 @@ class Campaign:
 
     def _compare(self, arena: AttachedArena, truth: Tensors, after: str) -> None:
         for tensor in arena.tensors:
-            ready = arena.is_ready(tensor.extent)
-            held = bytes(arena.data[tensor.offset : tensor.offset + tensor.size_bytes])
-            if ready and held != truth[tensor.name].tobytes():
+            if not arena.is_ready(tensor.extent):
+                continue
+            held = arena.data[tensor.offset : tensor.offset + tensor.size_bytes]
+            if held != truth[tensor.name].tobytes():
                 self.tally.wrong.append(f"{arena.component} {tensor.name} after {after}")
 
     async def close(self) -> None:

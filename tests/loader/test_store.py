@@ -47,9 +47,8 @@ def arenas(bench: Workbench) -> list[str]:
     return sorted(path.name for path in bench.arena_dir.glob("*.arena"))
 
 
-def test_a_caller_that_leaves_during_the_reservation(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reservation is finished and filled, nothing is lost or held for the caller that left."""
-    bench.add_model("toy")
+def held_back(monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """(lets reservations go on, set once one has begun)."""
     gate, entered = threading.Event(), threading.Event()
     real = OwnedArena.reserve
 
@@ -59,6 +58,13 @@ def test_a_caller_that_leaves_during_the_reservation(bench: Workbench, monkeypat
         real(self)
 
     monkeypatch.setattr(OwnedArena, "reserve", slow)
+    return gate, entered
+
+
+def test_a_caller_that_leaves_during_the_reservation(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reservation is finished and filled, nothing is lost or held for the caller that left."""
+    bench.add_model("toy")
+    gate, entered = held_back(monkeypatch)
 
     async def use() -> None:
         async with running(bench) as store:
@@ -114,14 +120,7 @@ def test_a_reservation_that_fails_halfway_leaves_nothing(
 def test_extents_are_filled_while_memory_is_reserved(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk is not idle meanwhile; callers hear of it afterwards, when samplers can attach."""
     bench.add_model("toy")
-    gate = threading.Event()
-    real = OwnedArena.reserve
-
-    def slow(self: OwnedArena) -> None:
-        assert gate.wait(10)
-        real(self)
-
-    monkeypatch.setattr(OwnedArena, "reserve", slow)
+    gate, _ = held_back(monkeypatch)
 
     async def use() -> None:
         async with running(bench) as store:

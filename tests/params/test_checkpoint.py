@@ -14,24 +14,9 @@ from safetensors.numpy import load_file, save_file
 from services.errors import BadCheckpoint
 from services.params.checkpoint import read_checkpoint
 from services.params.safetensors_header import parse_header
-from tests.abuse.safetensors import FILES, entry
+from tests.abuse.safetensors import entry
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "I64": np.int64, "U8": np.uint8}
-
-
-@pytest.mark.parametrize("case", FILES)
-def test_abuse_is_refused_in_plain_words(case: str, tmp_path: Path) -> None:
-    """Each malformed file is BadCheckpoint, says what is wrong, and names the file but no folder."""
-    raw, words = FILES[case]
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(raw)
-
-    with pytest.raises(BadCheckpoint) as caught:
-        read_checkpoint(path)
-
-    assert words in str(caught.value)
-    assert str(tmp_path) not in str(caught.value)
-    assert len(str(caught.value)) < 500
 
 
 def test_a_missing_file_a_folder_and_a_pipe_are_refused(tmp_path: Path) -> None:

@@ -15,24 +15,9 @@ from hypothesis import strategies as st
 from services.errors import BadCheckpoint
 from services.params.checkpoint import read_checkpoint
 from services.params.gguf_header import PACKINGS, read_header
-from tests.abuse.gguf import FILES, array, file_of, tensor, text
+from tests.abuse.gguf import array, file_of, tensor, text
 
 TYPES = [GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q4_0]
-
-
-@pytest.mark.parametrize("case", FILES)
-def test_abuse_is_refused_in_plain_words(case: str, tmp_path: Path) -> None:
-    """Each malformed file is BadCheckpoint, says what is wrong, and names the file but no folder."""
-    raw, words = FILES[case]
-    path = tmp_path / "model.gguf"
-    path.write_bytes(raw)
-
-    with pytest.raises(BadCheckpoint) as caught:
-        read_checkpoint(path)
-
-    assert words in str(caught.value)
-    assert str(tmp_path) not in str(caught.value)
-    assert len(str(caught.value)) < 500
 
 
 def test_packings_are_the_librarys() -> None:
