@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,21 @@ from tests.stack import Process, Stack, running
 # Before torch is imported anywhere: references must be computed as the services compute, and 2 cores are shared.
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error", "TQDM_DISABLE": "1"}
+
+
+LOG_LINES = 60
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Function) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A failed test shows how the logs of its stack's processes end."""
+    report = yield
+    if report.failed:
+        for stack in (value for value in item.funcargs.values() if isinstance(value, Stack)):
+            for process in stack.processes:
+                log = "\n".join(process.log.read_text(errors="replace").splitlines()[-LOG_LINES:])
+                report.sections.append((process.log.name, log))
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from services.errors import DeviceGone
 from services.rpc import logs
+from services.sampler import heap
 from services.sampler.config import ConfigError, parse_args
 
 DEVICE_GONE_EXIT = 75  # EX_TEMPFAIL of sysexits.h: try again
@@ -23,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = parse_args(argv)
         logs.configure(config.log_format, config.log_level)
+        heap.share_heaps()
         settle_libraries()
         from services.sampler.server import serve  # seconds of imports, after the flags were checked
 

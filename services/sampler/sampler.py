@@ -12,6 +12,7 @@ from dataclasses import replace
 from PIL import Image
 
 from services.errors import DuplicateRequest
+from services.sampler import heap
 from services.sampler.admission import Admission, Seat
 from services.sampler.drawing import Drawing, EmitPreview
 from services.sampler.engine import Engine
@@ -176,6 +177,7 @@ class Job:
         def done(rider: Rider) -> None:
             # In the rider's thread, after the baton went on: encoding a picture stops nobody.
             self._loop.call_soon_threadsafe(end, self._outcome(rider, index))
+            heap.give_back()
 
         rider = Rider(
             lambda rider: drawing.draw(),

@@ -22,8 +22,9 @@ class Staging:
         self._device = device
         self._copies = copies
         self._buffers: queue.SimpleQueue[tuple[torch.Tensor, torch.cuda.Event]] = queue.SimpleQueue()
-        for _ in range(BUFFER_COUNT):
-            self._buffers.put((torch.empty(BUFFER_BYTES, dtype=torch.uint8, pin_memory=True), new_event()))
+        with torch.inference_mode(False):  # made while a request draws, written by threads that do not
+            for _ in range(BUFFER_COUNT):
+                self._buffers.put((torch.empty(BUFFER_BYTES, dtype=torch.uint8, pin_memory=True), new_event()))
         self._threads = ThreadPoolExecutor(THREAD_COUNT, "staging")
         self._orders = ThreadPoolExecutor(1, "staging-order")
 
