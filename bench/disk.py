@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import os
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,6 +27,14 @@ def drop_page_cache(folder: Path) -> bool:
         with file.open("rb") as opened:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return not any(map(cached_pages, files))
+
+
+def warm_up(files: Sequence[Path]) -> None:
+    """Have all bytes in the page cache."""
+    for file in files:
+        with file.open("rb", buffering=0) as opened:
+            while opened.read(64 << 20):
+                pass
 
 
 def cached_pages(file: Path) -> int:

@@ -24,7 +24,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 from bench import checkpoint
 from bench.common import GIB, Figures, pick_device, report, table
-from bench.disk import cached_pages, disk_rate, drop_page_cache, weights
+from bench.disk import cached_pages, disk_rate, drop_page_cache, warm_up, weights
 from bench.shapes import MODELS
 from tests.sampler.inprocess import prepared
 from tests.stack import Process, Stack, running
@@ -81,14 +81,6 @@ def fill(folder: Path, size: int, *flags: str) -> Figures:
         "after_to_model": after / size,
         "within_limit": memory.peak_bytes <= ALLOWED_FACTOR * size + ALLOWED_BYTES,
     }
-
-
-def warm_up(files: Sequence[Path]) -> None:
-    """Have all bytes in the page cache."""
-    for file in files:
-        with file.open("rb", buffering=0) as opened:
-            while opened.read(64 << 20):
-                pass
 
 
 def rounds(folder: Path, options: argparse.Namespace) -> list[Figures]:

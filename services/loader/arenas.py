@@ -17,8 +17,9 @@ import xxhash
 from services.errors import BadCheckpoint, HeadwaterError, HostMemoryFull
 from services.loader.catalog import ComponentSource, ModelSource
 from services.loader.config import ConfigError
-from services.params.arena import OwnedArena, discard
+from services.params.arena import discard
 from services.params.header import Header
+from services.params.owned_arena import OwnedArena
 
 LOCK_NAME = "loader.lock"
 _MADE = b"a loader made this folder\n"

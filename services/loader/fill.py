@@ -1,28 +1,27 @@
-"""Disk to arena: bounded threads that read byte ranges, write them where they belong, and digest what they wrote.
+"""Disk to arena: bounded threads that read byte ranges to where they belong, and digest what then lies there.
 
-The only file of the loader with threads. A read goes to a page-aligned staging buffer, since checkpoint offsets are
-not aligned and O_DIRECT wants them to be; from there `pwrite` puts it into the arena. Both calls release the GIL.
+The only file of the loader with threads. An extent is mapped while it is filled and no longer. All that takes time
+releases the GIL.
 """
 
 import asyncio
 import mmap
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
 import xxhash
 
 from services.loader.reads import plan_reads
-from services.loader.source import SourceFile
-from services.params.arena import OwnedArena
+from services.loader.source import SourceFile, Target
 from services.params.layout import PAGE
+from services.params.owned_arena import OwnedArena
 from services.params.specs import Checkpoint, TensorSpec
 
 CHUNK_BYTES = 8 << 20
-_ZEROS = bytes(PAGE)
 _T = TypeVar("_T")
 
 
@@ -65,7 +64,7 @@ class Filler:
     def __init__(self, thread_count: int, max_rate: int | None = None, is_buffered: bool = False) -> None:
         self.thread_count = thread_count
         self._threads = ThreadPoolExecutor(thread_count, thread_name_prefix="fill")
-        self._local = threading.local()
+        self._buffers = Buffers()
         self._pace = Pace(max_rate)
         self._is_buffered = is_buffered
 
@@ -94,41 +93,48 @@ class Filler:
         self._threads.shutdown(wait=True, cancel_futures=True)
 
     def _fill(self, arena: OwnedArena, checkpoint: Checkpoint, specs: Mapping[str, TensorSpec], extent: int) -> int:
-        layout = arena.header.layout
-        reads = list(plan_reads(specs, layout, extent, self._pace.chunk_bytes))
-        digest, count = xxhash.xxh3_128(), 0
-        end = layout.extents[extent].offset
+        reads = list(plan_reads(specs, arena.header.layout, extent, self._pace.chunk_bytes))
+        begin = arena.header.layout.extents[extent].offset
         with ExitStack() as stack:
             used = dict.fromkeys(read.file for read in reads)
             sources = {n: stack.enter_context(SourceFile(checkpoint.files[n], self._is_buffered)) for n in used}
+            staging = stack.enter_context(self._buffers.one())
+            memory = stack.enter_context(arena.window(extent))
             for read in reads:
                 self._pace.take(read.size_bytes)
-                data = sources[read.file].read(self._staging(), read.offset, read.size_bytes)
-                for piece in read.pieces:
-                    view = data[piece.at : piece.at + piece.size_bytes]
-                    digest.update(_ZEROS[: piece.target - end])
-                    digest.update(view)
-                    arena.write(piece.target, view)
-                    end = piece.target + piece.size_bytes
-                count += read.size_bytes
+                targets = [Target(p.at, memory[p.target - begin :][: p.size_bytes]) for p in read.pieces]
+                sources[read.file].read(read.offset, read.size_bytes, targets, staging)
             for source in sources.values():
                 source.check()
-        digest.update(_ZEROS[: layout.extents[extent].offset + layout.extents[extent].size_bytes - end])
-        arena.publish(extent, digest.digest())
-        return count
+            digest = xxhash.xxh3_128_digest(memory)
+        arena.publish(extent, digest)
+        return sum(read.size_bytes for read in reads)
 
     def _digest(self, arena: OwnedArena, extent: int) -> bytes:
-        place, digest, staging = arena.header.layout.extents[extent], xxhash.xxh3_128(), self._staging()
-        for done in range(0, place.size_bytes, CHUNK_BYTES):
-            self._pace.take(0)
-            view = staging[: min(CHUNK_BYTES, place.size_bytes - done)]
-            arena.read_into(place.offset + done, view)
-            digest.update(view)
-        return digest.digest()
+        self._pace.take(0)
+        with arena.window(extent) as memory:
+            return xxhash.xxh3_128_digest(memory)
 
-    def _staging(self) -> memoryview:
-        """This thread's buffer: anonymous memory, hence page-aligned."""
-        if not hasattr(self._local, "staging"):
-            self._local.staging = memoryview(mmap.mmap(-1, CHUNK_BYTES + 2 * PAGE))
-        staging: memoryview = self._local.staging
-        return staging
+
+class Buffers:
+    """Page-aligned memory for reads, used again while fills go on and given back when none does."""
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self._idle: list[memoryview] = []
+        self._lent_count = 0
+
+    @contextmanager
+    def one(self) -> Iterator[memoryview]:
+        """A buffer for a chunk, and for the pages that a read is widened to."""
+        with self._mutex:
+            self._lent_count += 1
+            buffer = self._idle.pop() if self._idle else memoryview(mmap.mmap(-1, CHUNK_BYTES + 2 * PAGE))
+        try:
+            yield buffer
+        finally:
+            with self._mutex:
+                self._lent_count -= 1
+                self._idle.append(buffer)
+                if not self._lent_count:
+                    self._idle.clear()

@@ -8,7 +8,8 @@ from enum import Enum
 from services.errors import HeadwaterError
 from services.loader.catalog import ComponentSource, ModelSource
 from services.loader.config import ModelEntry
-from services.params.arena import ExtentState, OwnedArena
+from services.params.arena import ExtentState
+from services.params.owned_arena import OwnedArena
 from services.params.specs import TensorSpec
 
 

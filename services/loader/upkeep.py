@@ -12,7 +12,8 @@ from services.errors import HeadwaterError
 from services.loader.arenas import ARENA_SUFFIX, ArenaDir
 from services.loader.config import ConfigError, Upkeep
 from services.loader.fill import Filler
-from services.params.arena import ExtentState, OwnedArena
+from services.params.arena import ExtentState
+from services.params.owned_arena import OwnedArena
 
 GIB = 1 << 30
 # They hold data with a digest, which the second's has yet to be compared with.

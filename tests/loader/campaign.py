@@ -29,7 +29,8 @@ from pathlib import Path
 from services.errors import HeadwaterError
 from services.loader.catalog import read_model
 from services.loader.config import ModelEntry
-from services.params.arena import AttachedArena, OwnedArena, attach
+from services.params.arena import AttachedArena, attach
+from services.params.owned_arena import OwnedArena
 from services.rpc.loader_client import LoaderClient
 from tests.loader.support import ROOT, Tensors, Workbench, workbench
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 from services.loader.__main__ import main
 from services.loader.fill import Filler
-from services.params.arena import ExtentState, OwnedArena
+from services.params.arena import ExtentState
+from services.params.owned_arena import OwnedArena
 from services.params.specs import Checkpoint, TensorSpec
 
 

@@ -7,8 +7,9 @@ from services.loader.catalog import read_model
 from services.loader.config import ModelEntry
 from services.loader.queue import FillQueue, Urgency
 from services.loader.records import Resident
-from services.params.arena import ExtentState, OwnedArena
+from services.params.arena import ExtentState
 from services.params.header import Header
+from services.params.owned_arena import OwnedArena
 from tests.loader.support import make_model
 
 

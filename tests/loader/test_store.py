@@ -4,8 +4,8 @@ import asyncio
 import random
 import signal
 import threading
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,10 @@ from services.loader.arenas import ArenaDir
 from services.loader.config import ModelEntry
 from services.loader.fill import Filler
 from services.loader.records import Progress, Residency
+from services.loader.source import SourceFile
 from services.loader.store import ParamStore
-from services.params.arena import OwnedArena, attach
+from services.params.arena import attach
+from services.params.owned_arena import OwnedArena
 from services.rpc.loader_client import LoaderClient
 from tests.loader.support import Tensors, Workbench, assert_holds, attach_component, prepared, workbench
 
@@ -157,17 +159,24 @@ def test_a_change_during_the_last_extent_is_noticed(bench: Workbench, monkeypatc
     """The file is checked after the bytes are in memory and before they are published."""
     bench.add_model("toy")
     victim = bench.folders["toy"] / "text_encoder" / "model.safetensors"
-    real = OwnedArena.write
+    real_window, real_read, thread = OwnedArena.window, SourceFile.read, threading.local()
 
-    def write(self: OwnedArena, offset: int, data: memoryview) -> None:
-        real(self, offset, data)
-        last = self.header.layout.extents[-1]
-        if self.header.component == "text_encoder" and offset >= last.offset:
+    @contextmanager
+    def window(self: OwnedArena, extent: int) -> Iterator[memoryview]:
+        last = len(self.header.layout.extents) - 1
+        thread.fills_last = self.header.component == "text_encoder" and extent == last
+        with real_window(self, extent) as memory:
+            yield memory
+
+    def read(self: SourceFile, *arguments: Any) -> None:
+        real_read(self, *arguments)
+        if thread.fills_last:
             victim.touch()
 
     async def use() -> None:
         async with running(bench) as store:
-            monkeypatch.setattr(OwnedArena, "write", write)
+            monkeypatch.setattr(OwnedArena, "window", window)
+            monkeypatch.setattr(SourceFile, "read", read)
             order = [("transformer", range(13)), ("text_encoder", range(7))]
             with pytest.raises(errors.CheckpointChanged):
                 await drain(store.prepare("toy", order))

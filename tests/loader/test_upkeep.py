@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from services.params.arena import OwnedArena, attach
+from services.params.arena import attach
+from services.params.owned_arena import OwnedArena
 from services.rpc.loader_client import LoaderClient
 from tests.loader.support import ROOT, Workbench, prepared
 
@@ -38,10 +39,8 @@ def fill(bench: Workbench) -> None:
 
 def damage(path: Path, extent: int) -> None:
     arena = OwnedArena.open(path)
-    place = arena.header.layout.extents[extent]
-    byte = bytearray(1)
-    arena.read_into(place.offset + 5, memoryview(byte))
-    arena.write(place.offset + 5, memoryview(bytes((byte[0] ^ 1,))))
+    with arena.window(extent) as memory:
+        memory[5] ^= 1
     arena.close()
 
 

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from services.errors import BadArena, HostMemoryFull, LoaderGone
 from services.params import header as header_module
-from services.params.arena import AttachedArena, ExtentState, OwnedArena, attach, discard
+from services.params.arena import AttachedArena, ExtentState, attach, discard
 from services.params.header import Header
 from services.params.layout import PAGE, place
+from services.params.owned_arena import OwnedArena
 from services.params.specs import TensorSpec
 
 GENERATION = "ab" * 16
@@ -49,7 +50,8 @@ def owned(memory: Path) -> Iterator[OwnedArena]:
 def fill(arena: OwnedArena, extent: int) -> bytes:
     place_ = arena.header.layout.extents[extent]
     data = bytes([extent + 1]) * place_.size_bytes
-    arena.write(place_.offset, memoryview(data))
+    with arena.window(extent) as memory:
+        memory[:] = data
     arena.publish(extent, bytes(16))
     return data
 

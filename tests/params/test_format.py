@@ -8,9 +8,9 @@ from pathlib import Path
 
 import xxhash
 
-from services.params.arena import OwnedArena
 from services.params.header import Header
 from services.params.layout import place
+from services.params.owned_arena import OwnedArena
 from services.params.specs import TensorSpec
 
 PAGE = 4096
@@ -24,7 +24,8 @@ def test_the_file_is_what_the_document_says() -> None:
     arena = OwnedArena.create(path, header)
     arena.reserve()
     try:
-        arena.write(512, memoryview(b"t.10"))
+        with arena.window(0) as memory:
+            memory[512:516] = b"t.10"
         arena.publish(1, b"0123456789abcdef")
         raw = path.read_bytes()
     finally:

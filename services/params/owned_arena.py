@@ -1,0 +1,182 @@
+"""An arena as the loader has it: made, filled, published, adopted and removed. Knows no checkpoint, no grpc."""
+
+import errno
+import fcntl
+import mmap
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from services.errors import BadArena, HostMemoryFull
+from services.params.arena import ExtentState, opened, read_front
+from services.params.header import DIGEST_BYTES, Header, Regions
+from services.params.layout import PAGE
+from services.params.mapping import address_of, populate
+
+_RESERVE_THREADS = 4
+# While a step is populated, threads that map or unmap wait: some 2 ms.
+_STEP_BYTES = 8 << 20
+
+
+class OwnedArena:
+    """The loader's side of an arena. Mapped only where it is being filled: mapped memory makes a process look large.
+
+    Nothing is written to an extent that is READY. Closing keeps the file, `unlink` ends it.
+    """
+
+    def __init__(self, path: Path, fd: int, header: Header, regions: Regions) -> None:
+        self.path = path
+        self.header = header
+        self.file_bytes = regions.file_bytes
+        self._fd = fd
+        self._regions = regions
+
+    @classmethod
+    def create(cls, path: Path, header: Header) -> "OwnedArena":
+        """A new file, which is no arena before `reserve`. Raises HostMemoryFull, with nothing left behind."""
+        front, regions = header.pack()
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
+        try:
+            _check_room(fd, regions.file_bytes)
+            with _allocating():
+                os.pwrite(fd, front[PAGE:], PAGE)
+                os.ftruncate(fd, regions.file_bytes)
+        except BaseException:
+            os.close(fd)
+            path.unlink()
+            raise
+        return cls(path, fd, header, regions)
+
+    def reserve(self) -> None:
+        """Have memory for all of it, so that a full tmpfs is an error here; then the file is an arena.
+
+        Extents may be filled meanwhile. Raises HostMemoryFull; the file is for the caller to unlink.
+        """
+        size = self._regions.file_bytes
+        steps = range(0, size, _STEP_BYTES)
+        with _allocating():
+            # Several threads, for new memory takes a core 0.2 s and more for a GB, and samplers wait for it.
+            with ThreadPoolExecutor(_RESERVE_THREADS, "reserve") as threads:
+                for _ in threads.map(lambda start: self._reserve(start, min(_STEP_BYTES, size - start)), steps):
+                    pass
+            os.pwrite(self._fd, self.header.pack()[0][:PAGE], 0)
+
+    @classmethod
+    def open(cls, path: Path) -> "OwnedArena":
+        """A dead owner's file, as it was left; `adopt` makes it ours. Raises BadArena, or LoaderGone if it is gone."""
+        with opened(path, os.O_RDWR) as fd:
+            header, regions = read_front(fd)
+            if os.fstat(fd).st_blocks * 512 < regions.file_bytes:
+                raise BadArena("an arena that is not backed by memory")
+            return cls(path, fd, header, regions)
+
+    def adopt(self) -> None:
+        """What the dead owner was filling becomes ABSENT; what it called READY becomes VERIFYING until `confirm`."""
+        kept = (ExtentState.READY, ExtentState.VERIFYING)
+        for extent, state in enumerate(self.states()):
+            self._set_state(extent, ExtentState.VERIFYING if state in kept else ExtentState.ABSENT)
+
+    def states(self) -> list[ExtentState]:
+        count = len(self.header.layout.extents)
+        return [ExtentState(state) for state in os.pread(self._fd, count, self._regions.states)]
+
+    def mark(self, extent: int, state: ExtentState) -> None:
+        """Set a state byte; READY is set by `publish` and `confirm` alone."""
+        assert state is not ExtentState.READY
+        self._set_state(extent, state)
+
+    @contextmanager
+    def window(self, extent: int) -> Iterator[memoryview]:
+        """An extent's memory, mapped inside the block: to write to, or to digest. Raises HostMemoryFull."""
+        place = self.header.layout.extents[extent]
+        with _allocating(), self._mapped(self._regions.data + place.offset, place.size_bytes) as memory:
+            yield memory
+
+    def publish(self, extent: int, digest: bytes) -> None:
+        """Declare an extent's data complete: the digest is stored, then the state byte."""
+        os.pwrite(self._fd, digest, self._regions.digests + extent * DIGEST_BYTES)
+        self._set_state(extent, ExtentState.READY)
+
+    def confirm(self, extent: int) -> None:
+        """Declare an adopted extent READY again: its data has the digest that it was published with."""
+        self._set_state(extent, ExtentState.READY)
+
+    def digest(self, extent: int) -> bytes:
+        return os.pread(self._fd, DIGEST_BYTES, self._regions.digests + extent * DIGEST_BYTES)
+
+    def is_leased(self) -> bool:
+        """Whether a sampler maps the arena."""
+        if not self.lock():
+            return True
+        self.unlock()
+        return False
+
+    def lock(self) -> bool:
+        """Keep samplers from attaching until `unlock` or `close`; False if one has."""
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def unlock(self) -> None:
+        fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+    def unlink(self, even_if_leased: bool = False) -> bool:
+        """Remove the file's name; False, with nothing done, if it is leased. The memory goes with `close`.
+
+        With `even_if_leased` it goes when the last sampler has unmapped it.
+        """
+        if not self.lock() and not even_if_leased:
+            return False
+        self.path.unlink(missing_ok=True)
+        return True
+
+    def close(self) -> None:
+        """Close the descriptor; no thread may be writing. May be called again."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _reserve(self, start: int, size_bytes: int) -> None:
+        with self._mapped(start, size_bytes):
+            pass
+
+    @contextmanager
+    def _mapped(self, start: int, size_bytes: int) -> Iterator[memoryview]:
+        """Bytes of the file from a page on, with memory behind all of them. Raises OSError if there is none."""
+        mapped = mmap.mmap(self._fd, size_bytes, offset=start)
+        try:
+            with memoryview(mapped) as memory:
+                for step in range(0, size_bytes, _STEP_BYTES):
+                    count = min(_STEP_BYTES, size_bytes - step)
+                    if not populate(address_of(memory) + step, count):
+                        os.posix_fallocate(self._fd, start + step, count)
+                yield memory
+        finally:
+            with suppress(BufferError):  # an exception's frames have views: it is unmapped with them
+                mapped.close()
+
+    def _set_state(self, extent: int, state: ExtentState) -> None:
+        os.pwrite(self._fd, bytes((state,)), self._regions.states + extent)
+
+
+def _check_room(fd: int, size: int) -> None:
+    room = os.fstatvfs(fd)
+    have = room.f_bavail * room.f_frsize
+    if size > have:
+        raise HostMemoryFull(
+            f"the arena directory has no room: {size / 2**20:.1f} MiB needed, {have / 2**20:.1f} MiB free"
+        )
+
+
+@contextmanager
+def _allocating() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM):
+            raise HostMemoryFull(f"the arena directory has no room: {os.strerror(error.errno)}") from error
+        raise
