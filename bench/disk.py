@@ -49,26 +49,36 @@ def cached_pages(file: Path) -> int:
         return int((pages & 1).sum())
 
 
-def disk_rate(files: list[Path], around_cache: bool = True) -> float:
+def disk_rate(files: list[Path], around_cache: bool = True, keep: bool = False) -> float:
     """Bytes per second of a plain parallel read of the files into anonymous memory, each byte once.
 
     around_cache: as O_DIRECT does; else the page cache gives what it has.
+    keep: into memory for all of them, as who loads them has to; else into buffers that are given back at once.
     """
-    pieces = [(file, at) for file in files for at in range(0, file.stat().st_size, PIECE_BYTES)]
+    sizes = [file.stat().st_size for file in files]
+    pieces = [(n, at) for n, size in enumerate(sizes) for at in range(0, size, PIECE_BYTES)]
+    starts = [sum(-(-size // PIECE_BYTES) * PIECE_BYTES for size in sizes[:n]) for n in range(len(sizes) + 1)]
 
-    def read(piece: tuple[Path, int]) -> int:
-        file, at = piece
-        try:
-            fd = os.open(file, os.O_RDONLY | (os.O_DIRECT if around_cache else 0))
-        except OSError:  # no such way on this file system
-            fd = os.open(file, os.O_RDONLY)
-        try:
-            with mmap.mmap(-1, PIECE_BYTES) as buffer:
-                return os.preadv(fd, [buffer], at)
-        finally:
-            os.close(fd)
+    def read(piece: tuple[int, int]) -> int:
+        number, at = piece
+        if whole is not None:
+            return _read(files[number], at, memoryview(whole)[starts[number] + at :][:PIECE_BYTES], around_cache)
+        with mmap.mmap(-1, PIECE_BYTES) as buffer, memoryview(buffer) as view:
+            return _read(files[number], at, view, around_cache)
 
     start = time.perf_counter()
+    whole = mmap.mmap(-1, starts[-1]) if keep else None
     with ThreadPoolExecutor(READERS) as pool:
         read_bytes = sum(pool.map(read, pieces))
     return read_bytes / (time.perf_counter() - start)
+
+
+def _read(file: Path, at: int, memory: memoryview, around_cache: bool) -> int:
+    try:
+        fd = os.open(file, os.O_RDONLY | (os.O_DIRECT if around_cache else 0))
+    except OSError:  # no such way on this file system
+        fd = os.open(file, os.O_RDONLY)
+    try:
+        return os.preadv(fd, [memory], at)
+    finally:
+        os.close(fd)

@@ -2,8 +2,9 @@
 
     python bench/fill.py --model sdxl --folder /tmp/sdxl
 
-A plain read puts each byte into anonymous memory once, with threads enough to be fast. A fill is a loader's eager load,
-from when it serves until all is READY. Both alternate, for disks are not even; ratios are of neighbours.
+A plain read puts each byte into anonymous memory once, with threads enough to be fast: into memory for all of them, as
+who loads them must have it, and from disk also into buffers that are given back at once. A fill is a loader's eager
+load, from when it serves until all is READY. They alternate, for disks are not even; ratios are of neighbours.
 Memory is the arenas, the files' pages in the page cache and the loader's own, looked at all the while.
 """
 
@@ -87,27 +88,44 @@ def rounds(folder: Path, options: argparse.Namespace) -> list[Figures]:
     """A row for each way and round: a plain read, then a fill."""
     files = weights(folder)
     size = sum(file.stat().st_size for file in files)
-    threads = ("--fill-threads", str(options.threads))
+    flags = ("--fill-threads", str(options.threads))
     rows: list[Figures] = []
     for number in range(options.rounds):
         for way in ("disk", "page cache"):
             cached = way == "page cache"
-            warm_up(files) if cached else drop_page_cache(folder)
-            plain = disk_rate(files, around_cache=not cached)
-            warm_up(files) if cached else drop_page_cache(folder)
-            filled = fill(folder, size, *threads, *(("--buffered-io",) if cached else ()))
-            ratio = float(str(filled["fill_gb_s"])) * 1e9 / plain
-            rows.append({"from": way, "round": number, "plain_gb_s": plain / 1e9, **filled, "fill_to_plain": ratio})
+
+            def ready(cached: bool = cached) -> None:
+                warm_up(files) if cached else drop_page_cache(folder)
+
+            ready()
+            buffers = None if cached else disk_rate(files)
+            ready()
+            plain = disk_rate(files, around_cache=not cached, keep=True)
+            ready()
+            filled = fill(folder, size, *flags)
+            rate = float(str(filled["fill_gb_s"])) * 1e9
+            rows.append(
+                {
+                    "from": way,
+                    "round": number,
+                    "buffers_gb_s": buffers and buffers / 1e9,
+                    "plain_gb_s": plain / 1e9,
+                    **filled,
+                    "fill_to_buffers": buffers and rate / buffers,
+                    "fill_to_plain": rate / plain,
+                }
+            )
     return rows
 
 
 def claims(rows: Sequence[Figures]) -> Figures:
     """The medians, and whether memory was always within the limit."""
 
-    def median(way: str) -> float:
-        return statistics.median(float(str(row["fill_to_plain"])) for row in rows if row["from"] == way)
+    def median(way: str, ratio: str = "fill_to_plain") -> float:
+        return statistics.median(float(str(row[ratio])) for row in rows if row["from"] == way)
 
     return {
+        "disk_fill_to_buffers": median("disk", "fill_to_buffers"),
         "disk_fill_to_plain": median("disk"),
         "page_cache_fill_to_plain": median("page cache"),
         "memory_within_limit": all(row["within_limit"] is True for row in rows if row["from"] == "disk"),

@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TypeVar
 
 import xxhash
 
 from services.loader.reads import plan_reads
-from services.loader.source import SourceFile, Target
+from services.loader.source import SourceFile, Target, forget
 from services.params.layout import PAGE
 from services.params.owned_arena import OwnedArena
 from services.params.specs import Checkpoint, TensorSpec
@@ -80,6 +81,11 @@ class Filler:
     async def digest(self, arena: OwnedArena, extent: int) -> bytes:
         """Digest of an extent's bytes as they are in memory now."""
         return await self.run(lambda: self._digest(arena, extent))
+
+    async def forget(self, checkpoint: Checkpoint) -> None:
+        """Leave nothing of the files in the page cache, now that all that was wanted of them is in memory."""
+        for file in checkpoint.files:
+            await self.run(partial(forget, file.path))
 
     async def run(self, work: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)

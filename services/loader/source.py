@@ -4,7 +4,9 @@ import ctypes
 import errno
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from services.errors import BadCheckpoint, CheckpointChanged
 from services.params.layout import PAGE, round_up
@@ -58,7 +60,7 @@ class SourceFile:
                 raise CheckpointChanged(f"{self.path.name} changed while it was read: ask again when it is complete")
 
     def read(self, offset: int, size_bytes: int, targets: Sequence[Target], staging: memoryview) -> None:
-        """Read a range of the file, which the targets share out without gaps, and leave none of it in the page cache.
+        """Read a range of the file, which the targets share out without gaps, and leave little of it in the page cache.
 
         staging: page-aligned, for two pages more than the range. Raises BadCheckpoint, CheckpointChanged.
         """
@@ -105,6 +107,16 @@ class SourceFile:
 
     def _bad(self, error: OSError) -> BadCheckpoint:
         return BadCheckpoint(f"{self.path.name} cannot be read: {os.strerror(error.errno or 0)}")
+
+
+def forget(path: Path) -> None:
+    """Leave nothing of a file in the page cache: ranges that were read end within pieces that it drops whole only."""
+    with suppress(OSError):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(fd)
 
 
 def _is_cached(fd: int, offset: int, size_bytes: int) -> bool:

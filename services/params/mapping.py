@@ -48,7 +48,7 @@ def populate(address: int, size_bytes: int) -> bool:
 
 def address_of(memory: memoryview) -> int:
     """Where memory that may be written lies; valid while the caller keeps it."""
-    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    return ctypes.addressof((ctypes.c_char * 0).from_buffer(memory))
 
 
 def c_library() -> ctypes.CDLL:

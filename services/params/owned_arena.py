@@ -5,7 +5,6 @@ import fcntl
 import mmap
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -15,9 +14,8 @@ from services.params.header import DIGEST_BYTES, Header, Regions
 from services.params.layout import PAGE
 from services.params.mapping import address_of, populate
 
-_RESERVE_THREADS = 4
-# While a step is populated, threads that map or unmap wait: some 2 ms.
-_STEP_BYTES = 8 << 20
+_RESERVE_BYTES = 64 << 20  # in one call; a signal waits for its end
+_POPULATE_BYTES = 8 << 20  # in one call; threads that map or unmap wait for its end, some 4 ms
 
 
 class OwnedArena:
@@ -55,12 +53,9 @@ class OwnedArena:
         Extents may be filled meanwhile. Raises HostMemoryFull; the file is for the caller to unlink.
         """
         size = self._regions.file_bytes
-        steps = range(0, size, _STEP_BYTES)
         with _allocating():
-            # Several threads, for new memory takes a core 0.2 s and more for a GB, and samplers wait for it.
-            with ThreadPoolExecutor(_RESERVE_THREADS, "reserve") as threads:
-                for _ in threads.map(lambda start: self._reserve(start, min(_STEP_BYTES, size - start)), steps):
-                    pass
+            for start in range(0, size, _RESERVE_BYTES):
+                os.posix_fallocate(self._fd, start, min(_RESERVE_BYTES, size - start))
             os.pwrite(self._fd, self.header.pack()[0][:PAGE], 0)
 
     @classmethod
@@ -140,18 +135,14 @@ class OwnedArena:
             os.close(self._fd)
             self._fd = -1
 
-    def _reserve(self, start: int, size_bytes: int) -> None:
-        with self._mapped(start, size_bytes):
-            pass
-
     @contextmanager
     def _mapped(self, start: int, size_bytes: int) -> Iterator[memoryview]:
         """Bytes of the file from a page on, with memory behind all of them. Raises OSError if there is none."""
         mapped = mmap.mmap(self._fd, size_bytes, offset=start)
         try:
             with memoryview(mapped) as memory:
-                for step in range(0, size_bytes, _STEP_BYTES):
-                    count = min(_STEP_BYTES, size_bytes - step)
+                for step in range(0, size_bytes, _POPULATE_BYTES):
+                    count = min(_POPULATE_BYTES, size_bytes - step)
                     if not populate(address_of(memory) + step, count):
                         os.posix_fallocate(self._fd, start + step, count)
                 yield memory
