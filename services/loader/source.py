@@ -66,7 +66,7 @@ class SourceFile:
         """
         try:
             if self._direct == self._fd or _is_cached(self._fd, offset, size_bytes):
-                self._read_in_place(offset, [target.memory for target in targets])
+                self._read_in_place(offset, [target.memory for target in targets if len(target.memory)])
             else:
                 self._read_around(offset, size_bytes, targets, staging)
             os.posix_fadvise(self._fd, offset, size_bytes, os.POSIX_FADV_DONTNEED)
