@@ -86,8 +86,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--target", type=Path, default=Path("/dev/shm"), help="a folder in memory")
     parser.add_argument("--gib", type=float, default=4, help="size of the file")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--tiny", action="store_true", help="little memory, to try the code")
     options = parser.parse_args(arguments)
-    size = int(options.gib * GIB) // STEP_BYTES * STEP_BYTES
+    size = 2 * STEP_BYTES if options.tiny else int(options.gib * GIB) // STEP_BYTES * STEP_BYTES
     with tempfile.TemporaryDirectory(dir=options.target) as folder:
         rows = [
             {"way": name, "threads": threads, **run(steps, Path(folder), size, threads)}

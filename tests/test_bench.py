@@ -210,6 +210,20 @@ def test_replicas(folder: Path, run: Any) -> None:
         assert 0 < row["attached_s"] < row["sweep_begins_s"] < row["sweep_ends_s"] < row["first_step_ends_s"]
 
 
+def test_fill_methods(run: Any) -> None:
+    """Every way fills, but for the one that file systems refuse between each other."""
+    rows = run("fill_methods", "--rounds", "1", "--target", "/dev/shm")["ways"]
+    refused = {row["way"] for row in rows if row["to_plain"] is None}
+    assert refused <= {"copy_file_range"}
+    assert {row["from"] for row in rows if row["to_plain"]} == {"disk", "page cache"}
+
+
+def test_provision(run: Any) -> None:
+    rows = run("provision", "--threads", "2")["rows"]
+    assert {"fallocate", "pwrite", "populate"} <= {row["way"] for row in rows}
+    assert all(row["gb_s"] > 0 for row in rows)
+
+
 def test_fill(run: Any) -> None:
     figures = run("fill", "--rounds", "1")
     assert [row["from"] for row in figures["rounds"]] == ["disk", "page cache"]
