@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pytest
 
 from bench.disk import cached_pages
 from services.errors import BadCheckpoint, CheckpointChanged
+from services.loader.fill import Buffers
 from services.loader.source import SourceFile, Target
 from services.params.layout import PAGE
 from services.params.specs import CheckpointFile, FileIdentity
@@ -100,3 +102,17 @@ def test_files_that_cannot_be_read_are_named(file: CheckpointFile, tmp_path: Pat
     with pytest.raises(BadCheckpoint, match="cannot be read"), SourceFile(folder, True) as source:
         read(source, 0, 10)
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_buffers_are_used_again_and_given_back_when_no_fill_goes_on() -> None:
+    """An idle loader is small."""
+    buffers = Buffers()
+    with buffers.one() as outer:
+        with buffers.one() as inner:
+            assert inner is not outer
+            known = weakref.ref(inner)
+        with buffers.one() as again:
+            assert again is known()
+        del inner, again
+        assert known() is not None
+    assert known() is None
