@@ -232,6 +232,12 @@ def test_fill(run: Any) -> None:
         assert row["fill_to_plain"] > 0
 
 
+def test_loader(run: Any) -> None:
+    figures = run("loader", "--rest", "0.1")
+    assert 0 < figures["restart_serving_s"] < figures["restart_verified_s"]
+    assert figures["idle_own_mib"] > 0
+
+
 def test_soak(folder: Path, run: Any) -> None:
     figures = run("soak", "--folder", folder, "--count", "24")
     assert figures["rerun_bit_equal"] is True

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import TypeVar
 
 import xxhash
@@ -82,10 +81,10 @@ class Filler:
         """Digest of an extent's bytes as they are in memory now."""
         return await self.run(lambda: self._digest(arena, extent))
 
-    async def forget(self, checkpoint: Checkpoint) -> None:
-        """Leave nothing of the files in the page cache, now that all that was wanted of them is in memory."""
+    def forget(self, checkpoint: Checkpoint) -> None:
+        """Soon leave nothing of the files in the page cache, now that all that was wanted of them is in memory."""
         for file in checkpoint.files:
-            await self.run(partial(forget, file.path))
+            self._threads.submit(forget, file.path)
 
     async def run(self, work: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)

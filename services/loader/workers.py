@@ -46,7 +46,7 @@ async def _fill(resident: Resident, extent: int, filler: Filler) -> int:
     count = await filler.fill(resident.arena, resident.source.checkpoint, resident.specs, extent)
     resident.states[extent] = ExtentState.READY
     if resident.is_ready:
-        await filler.forget(resident.source.checkpoint)
+        filler.forget(resident.source.checkpoint)
         _log.info("ready", component=resident.source.name, size_bytes=resident.ready_bytes)
     return count
 
