@@ -134,7 +134,7 @@ class Buffers:
         """A buffer for a chunk, and for the pages that a read is widened to."""
         with self._mutex:
             self._lent_count += 1
-            buffer = self._idle.pop() if self._idle else memoryview(mmap.mmap(-1, CHUNK_BYTES + 2 * PAGE))
+            buffer = self._idle.pop() if self._idle else _new_buffer()
         try:
             yield buffer
         finally:
@@ -143,3 +143,9 @@ class Buffers:
                 self._idle.append(buffer)
                 if not self._lent_count:
                     self._idle.clear()
+
+
+def _new_buffer() -> memoryview:
+    memory = mmap.mmap(-1, CHUNK_BYTES + 2 * PAGE)
+    memory.madvise(mmap.MADV_DONTDUMP)  # it holds weights
+    return memoryview(memory)

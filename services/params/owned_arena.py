@@ -139,6 +139,7 @@ class OwnedArena:
     def _mapped(self, start: int, size_bytes: int) -> Iterator[memoryview]:
         """Bytes of the file from a page on, with memory behind all of them. Raises OSError if there is none."""
         mapped = mmap.mmap(self._fd, size_bytes, offset=start)
+        mapped.madvise(mmap.MADV_DONTDUMP)
         try:
             with memoryview(mapped) as memory:
                 for step in range(0, size_bytes, _POPULATE_BYTES):
