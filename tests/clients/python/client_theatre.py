@@ -6,7 +6,6 @@ Each Generate call takes the next script, a coroutine over a Stage; the last one
 import asyncio
 import hashlib
 import io
-import signal
 import subprocess
 import sys
 import threading
@@ -35,9 +34,9 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "headwater_client.cli", *arguments]
 
 
-def take_interrupts() -> None:
-    """For a child: SIGINT as in a terminal, also where the tests themselves run with it ignored (in the background)."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+# Before a command: SIGINT as in a terminal, also where the tests themselves run with it ignored (in the background).
+# No `preexec_fn`, which can hang in a process whose gRPC threads run.
+TAKES_INTERRUPTS = ("env", "--default-signal=INT")
 
 
 def png(seed: int, width: int = 48, height: int = 32) -> bytes:

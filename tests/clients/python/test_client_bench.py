@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from client_theatre import Headwater, ScriptedSampler, Stage, command, draw, info, png, take_interrupts
+from client_theatre import TAKES_INTERRUPTS, Headwater, ScriptedSampler, Stage, command, draw, info, png
 from headwater_client import Unavailable
 from headwater_client.cli import main
 from headwater_client.gauge import render
@@ -143,9 +143,8 @@ def test_ctrl_c_cancels_and_tells_what_was_measured(
 
     sampler.scripts = [draw, draw, hang]
     process = subprocess.Popen(
-        command("bench", prompts, "--requests", "50", "--json"),
+        [*TAKES_INTERRUPTS, *command("bench", prompts, "--requests", "50", "--json")],
         env=environment,
-        preexec_fn=take_interrupts,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from client_theatre import Headwater, ScriptedSampler, Stage, command, draw, info, png, take_interrupts
+from client_theatre import TAKES_INTERRUPTS, Headwater, ScriptedSampler, Stage, command, draw, info, png
 from google.rpc import error_details_pb2
 from headwater_client.cli import main
 
@@ -210,8 +210,8 @@ def test_ctrl_c_cancels_on_the_server(sampler: ScriptedSampler, environment: dic
 
     sampler.scripts = [hang]
     process = subprocess.Popen(
-        command("generate", "a fox"), env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True,
-        preexec_fn=take_interrupts,
+        [*TAKES_INTERRUPTS, *command("generate", "a fox")],
+        env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert sampler.hanging.wait(60)
     process.send_signal(signal.SIGINT)
