@@ -36,15 +36,9 @@ class SourceFile:
 
     def __enter__(self) -> "SourceFile":
         try:
-            self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-            self._direct = self._fd if self._is_buffered else self._open_direct()
+            self._open()
             self.check()
-        except FileNotFoundError as error:
-            raise CheckpointChanged(f"{self.path.name} was removed while it was read") from error
-        except OSError as error:
-            self.__exit__()
-            raise self._bad(error) from error
-        except CheckpointChanged:
+        except BaseException:
             self.__exit__()
             raise
         return self
@@ -96,6 +90,15 @@ class SourceFile:
         if not count:
             raise CheckpointChanged(f"{self.path.name} became shorter while it was read")
         return count
+
+    def _open(self) -> None:
+        try:
+            self._fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            self._direct = self._fd if self._is_buffered else self._open_direct()
+        except FileNotFoundError as error:
+            raise CheckpointChanged(f"{self.path.name} was removed while it was read") from error
+        except OSError as error:
+            raise self._bad(error) from error
 
     def _open_direct(self) -> int:
         try:

@@ -116,3 +116,20 @@ def test_buffers_are_used_again_and_given_back_when_no_fill_goes_on() -> None:
         del inner, again
         assert known() is not None
     assert known() is None
+
+
+def test_a_file_removed_between_its_two_openings_leaves_no_descriptor(
+    file: CheckpointFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.open
+
+    def opened(path: Path, flags: int, *rest: int) -> int:
+        fd = real(path, flags, *rest)
+        file.path.unlink(missing_ok=True)
+        return fd
+
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    monkeypatch.setattr(os, "open", opened)
+    with pytest.raises(CheckpointChanged, match="removed"), SourceFile(file, False):
+        pass
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
