@@ -26,6 +26,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from bench import checkpoint
 from bench.common import GIB, Figures, pick_device, report, table
 from bench.disk import cached_pages, disk_rate, drop_page_cache, warm_up, weights
+from bench.process import cpu_s, own_bytes
 from bench.shapes import MODELS
 from tests.sampler.inprocess import prepared
 from tests.stack import Process, Stack, running
@@ -43,8 +44,7 @@ class HostMemory:
     def look(self) -> int:
         arenas = sum(file.stat().st_blocks * 512 for file in self._stack.arena_dir.glob("*.arena"))
         cached = sum(map(cached_pages, self._files)) * os.sysconf("SC_PAGE_SIZE")
-        status = Path(f"/proc/{self._loader.pid}/status").read_text()
-        own = sum(int(line.split()[1]) for line in status.splitlines() if line.startswith(("RssAnon", "RssFile"))) << 10
+        own = own_bytes(self._loader.pid)
         self.peak_bytes = max(self.peak_bytes, arenas + cached + own)
         return arenas + cached + own
 
@@ -74,10 +74,10 @@ def fill(folder: Path, size: int, *flags: str) -> Figures:
             prepared(stack, "m")
             seconds = time.perf_counter() - start
         after = memory.look()
-        cpu = sum(map(int, Path(f"/proc/{loader.pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
+        used_s = cpu_s(loader.pid)
     return {
         "fill_gb_s": size / seconds / 1e9,
-        "fill_cpu_s": cpu / os.sysconf("SC_CLK_TCK"),
+        "fill_cpu_s": used_s,
         "peak_to_model": memory.peak_bytes / size,
         "after_to_model": after / size,
         "within_limit": memory.peak_bytes <= ALLOWED_FACTOR * size + ALLOWED_BYTES,

@@ -9,7 +9,6 @@ is killed and started again: until it serves, until all that it found is verifie
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 import time
@@ -20,25 +19,10 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from bench import checkpoint
 from bench.common import GIB, Figures, pick_device, report, table
 from bench.disk import drop_page_cache, weights
+from bench.process import cpu_s, own_bytes, storage_bytes
 from bench.shapes import MODELS
 from tests.sampler.inprocess import prepared
 from tests.stack import Process, Stack, running
-
-
-def own_bytes(process: Process) -> int:
-    """Resident memory but for shared memory, bytes."""
-    status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in status if line.startswith(("RssAnon", "RssFile"))) << 10
-
-
-def cpu_s(process: Process) -> float:
-    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
-    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
-
-
-def storage_bytes(process: Process) -> int:
-    """What it has had read from storage; its own program's files too, where they were not cached."""
-    return int(Path(f"/proc/{process.pid}/io").read_text().partition("\nread_bytes: ")[2].split()[0])
 
 
 def started(stack: Stack, extent_bytes: str) -> tuple[Process, float]:
@@ -51,10 +35,10 @@ def measure(folder: Path, rest_s: float, extent_bytes: str) -> Figures:
         loader, serving_s = started(stack, extent_bytes)
         prepared(stack, "m")
         time.sleep(min(1.0, rest_s))
-        used = cpu_s(loader)
+        used = cpu_s(loader.pid)
         time.sleep(rest_s)
-        used = cpu_s(loader) - used
-        own = own_bytes(loader)
+        used = cpu_s(loader.pid) - used
+        own = own_bytes(loader.pid)
         loader.kill()
         drop_page_cache(folder)
         begin = time.perf_counter()
@@ -70,7 +54,7 @@ def measure(folder: Path, rest_s: float, extent_bytes: str) -> Figures:
             "restart_serving_s": again_s,
             "restart_verified_s": verified_s,
             "verified_gb_s": size / (verified_s - again_s) / 1e9,
-            "restart_read_mib": storage_bytes(second) / (1 << 20),
+            "restart_read_mib": storage_bytes(second.pid) / (1 << 20),
         }
 
 

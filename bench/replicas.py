@@ -11,7 +11,6 @@ and ends, and until its first denoise step has ended. Throughput is of all sampl
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 import time
 from dataclasses import replace
@@ -25,18 +24,11 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 from bench import checkpoint
 from bench.common import GIB, Figures, pick_device, quiet_libraries, report, table, z_image_parser
+from bench.process import pss
 from bench.serving import Job, ask, ask_together, prepare, start_sampler
 from tests.stack import Process, Stack, running
 
 ALLOWED_EACH_BYTES = 3 * GIB // 2
-
-
-def pss(pid: int, kind: str = "Pss") -> int:
-    """A process's share of memory, bytes; of one kind, as the kernel calls it."""
-    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    found = re.search(rf"^{kind}:\s+(\d+) kB", text, re.MULTILINE)
-    assert found is not None, text
-    return int(found[1]) * 1024
 
 
 def first_sweeps_s(address: str, job: Job) -> Figures:
