@@ -12,6 +12,7 @@
     |-- BadCheckpoint         files that are missing, truncated, or not what they claim
     |-- CheckpointChanged     a file changed while it was read
     |-- UnsupportedModel      a pipeline that this server does not run
+    |-- BadConfig             a models.toml that cannot be used
     |-- BadArena              shared memory that is not the arena it should be
     |-- HostMemoryFull        no room in the arena directory or its budget
     |-- DeviceMemoryFull      does not fit the VRAM budget
@@ -81,6 +82,10 @@ class UnsupportedModel(HeadwaterError):
 
 class BadArena(HeadwaterError):
     """An arena file whose header is damaged, of another version, or of another generation."""
+
+
+class BadConfig(HeadwaterError):
+    """A models.toml that cannot be used; what was read of it before goes on."""
 
 
 class HostMemoryFull(HeadwaterError):

@@ -13,8 +13,10 @@ from services.loader.arenas import ArenaDir
 from services.loader.config import Config, ConfigError, Upkeep, parse_args
 from services.loader.fill import Filler
 from services.loader.pressure import relieving
+from services.loader.reload import Reload
 from services.loader.service import SERVICE, LoaderService
 from services.loader.store import ParamStore
+from services.loader.telling import teller_for, telling
 from services.rpc import logs
 from services.rpc.server import SERVING, add_health, add_reflection, bind, build_server, release, run_until_signal
 
@@ -55,7 +57,8 @@ async def _serve(config: Config) -> None:
 async def _run(config: Config, server: grpc.aio.Server, address: str, directory: ArenaDir) -> None:
     filler = Filler(config.fill_threads, config.max_fill_rate, config.buffered_io)
     store = ParamStore(config.models, directory, filler, config.extent_bytes, config.host_budget_bytes)
-    loader_pb2_grpc.add_LoaderServiceServicer_to_server(LoaderService(store), server)
+    reload = Reload(config.models_file, store, config.eager_load)
+    loader_pb2_grpc.add_LoaderServiceServicer_to_server(LoaderService(store, reload), server)
     health = add_health(server, SERVICE)
     add_reflection(server, SERVICE)
     try:
@@ -64,8 +67,10 @@ async def _run(config: Config, server: grpc.aio.Server, address: str, directory:
         await health.set_all(SERVING)
         _log.info("serving", address=address, models=len(config.models))
         eager = [asyncio.create_task(store.load_all())] if config.eager_load else []
-        async with relieving(store.give_back, config.pressure_limit_percent):
-            await run_until_signal(server, health, config.grace_s, store.begin_stop, address)
+        relief = relieving(store.give_back, config.pressure_limit_percent)
+        with reload.on_signal():
+            async with relief, telling(store.filling, teller_for(config.log_format)):
+                await run_until_signal(server, health, config.grace_s, store.begin_stop, address)
         await asyncio.gather(*eager)
     finally:
         await store.stop()

@@ -1,7 +1,8 @@
 """Which components are in memory: reserves arenas for a model, all or none, and evicts others to make room."""
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import structlog
 
@@ -14,20 +15,23 @@ _log = structlog.get_logger()
 
 
 class Admission:
-    """Residents by identity. Its coroutines must not run at the same time: the store holds one lock around them."""
+    """Residents by identity. Its coroutines must not run at the same time: the store holds one lock around them.
+
+    is_pinned: whether a component must stay; describe: what people call one, and who uses it.
+    """
 
     def __init__(
         self,
         directory: ArenaDir,
         budget_bytes: int | None,
-        label: Callable[[Resident], str],
         is_pinned: Callable[[Resident], bool],
+        describe: Callable[[Resident], str],
     ) -> None:
         self.residents: dict[str, Resident] = {}
         self._is_pinned = is_pinned
         self._directory = directory
         self._budget_bytes = budget_bytes
-        self._label = label
+        self._describe = describe
 
     def of(self, sources: Iterable[ComponentSource]) -> list[Resident]:
         return [self.residents[source.identity] for source in sources if source.identity in self.residents]
@@ -45,14 +49,14 @@ class Admission:
         They may be filled from now on; samplers can have them after `reserve`. Raises HostMemoryFull; then nothing new
         is there.
         """
-        wanted = {source.identity: source for source in sources}
-        missing = [source for source in wanted.values() if source.identity not in self.residents]
-        headers = [self._directory.header(source) for source in missing]
-        need = sum(header.file_bytes for header in headers)
-        await self._make_room(need, set(wanted), may_evict)
+        sources = tuple(sources)
+        self._check_budget(sources)
+        headers = [(self._directory.header(source), source) for source in self._missing(sources)]
+        need = sum(header.file_bytes for header, _ in headers)
+        await self._make_room(need, _identities(sources), may_evict)
         new: list[Resident] = []
         try:
-            for header, source in zip(headers, missing, strict=True):
+            for header, source in headers:
                 new.append(Resident.of(self._directory.create(header), source))
         except BaseException as error:
             for resident in new:
@@ -96,16 +100,47 @@ class Admission:
                 return freed
         return None
 
-    def _idle(self, keep: set[str]) -> list[Resident]:
-        """What may go to make room, used least recently first."""
-        idle = [
-            resident
-            for resident in self.residents.values()
-            if resident.source.identity not in keep and not self._is_pinned(resident) and not resident.is_in_use
-        ]
-        return sorted(idle, key=lambda resident: resident.last_used)
+    async def drop_unknown(self, known: Collection[str]) -> bool:
+        """Evict components of none of these identities as far as nobody uses them; whether any went."""
+        unknown = [resident for identity, resident in self.residents.items() if identity not in known]
+        return any([await self.drop([resident]) for resident in unknown])
 
-    async def _make_room(self, need: int, keep: set[str], may_evict: bool) -> None:
+    def note_leases(self) -> None:
+        """What samplers map now is used now."""
+        for resident in self.residents.values():
+            if resident.arena.is_leased():
+                resident.last_used = time.monotonic()
+
+    def lease_for(self, sources: Iterable[ComponentSource], asked: Collection[Resident]) -> Resident | None:
+        """The leased component, used least recently, that should be asked back to make room for `sources`.
+
+        None if all that could go would not be room enough, or all has been `asked`.
+        """
+        sources = tuple(sources)
+        need = sum(self._directory.header(source).file_bytes for source in self._missing(sources))
+        may_go = self._may_go(_identities(sources))
+        if need > self._room() + sum(resident.arena.file_bytes for resident in may_go):
+            return None
+        leased = [resident for resident in may_go if resident not in asked and resident.arena.is_leased()]
+        return min(leased, key=_last_used, default=None)
+
+    def _missing(self, sources: Iterable[ComponentSource]) -> list[ComponentSource]:
+        wanted = {source.identity: source for source in sources}
+        return [source for identity, source in wanted.items() if identity not in self.residents]
+
+    def _may_go(self, keep: Collection[str]) -> list[Resident]:
+        """What may go to make room as soon as no sampler maps it, used least recently first."""
+        may_go = (
+            resident
+            for identity, resident in self.residents.items()
+            if identity not in keep and not self._is_pinned(resident) and not resident.user_count and not resident.busy
+        )
+        return sorted(may_go, key=_last_used)
+
+    def _idle(self, keep: Collection[str]) -> list[Resident]:
+        return [resident for resident in self._may_go(keep) if not resident.arena.is_leased()]
+
+    async def _make_room(self, need: int, keep: Collection[str], may_evict: bool) -> None:
         if need <= self._room():
             return
         idle = self._idle(keep)
@@ -118,25 +153,37 @@ class Admission:
         if need > self._room():
             raise self._full(need)
 
-    def _why_it_stays(self, resident: Resident) -> str:
-        return " pinned" if self._is_pinned(resident) else " in use" if resident.is_in_use else ""
-
     def _room(self) -> int:
         free = self._directory.free_bytes()
         if self._budget_bytes is None:
             return free
         return min(free, self._budget_bytes - sum(resident.arena.file_bytes for resident in self.residents.values()))
 
+    def _check_budget(self, sources: Iterable[ComponentSource]) -> None:
+        """Raises HostMemoryFull for what the budget can never hold."""
+        wanted = {source.identity: source for source in sources}.values()
+        need = sum(self._directory.header(source).file_bytes for source in wanted)
+        if self._budget_bytes is not None and need > self._budget_bytes:
+            have = _mib(self._budget_bytes)
+            raise HostMemoryFull(f"the model needs {_mib(need)} and --host-budget is {have}: raise it")
+
     def _full(self, need: int) -> HostMemoryFull:
         budget = "" if self._budget_bytes is None else f" of a budget of {_mib(self._budget_bytes)}"
         held = [
-            f"{self._label(resident)} {_mib(resident.arena.file_bytes)}{self._why_it_stays(resident)}"
-            for resident in self.residents.values()
+            f"{self._describe(resident)}, {_mib(resident.arena.file_bytes)}" for resident in self.residents.values()
         ]
         return HostMemoryFull(
             f"no room in host memory: {_mib(need)} needed, {_mib(max(0, self._room()))} free{budget};"
-            f" held: {', '.join(held) or 'nothing'}"
+            f" held: {'; '.join(held) or 'nothing'}"
         )
+
+
+def _identities(sources: Iterable[ComponentSource]) -> set[str]:
+    return {source.identity for source in sources}
+
+
+def _last_used(resident: Resident) -> float:
+    return resident.last_used
 
 
 def _lock_all(residents: Sequence[Resident]) -> bool:

@@ -12,7 +12,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import structlog
-import xxhash
 
 from services.errors import BadCheckpoint, HeadwaterError, HostMemoryFull
 from services.loader.catalog import ComponentSource, ModelSource
@@ -36,6 +35,7 @@ class ArenaDir:
         self.path = path
         self._lock = lock
         self._is_ours = is_ours
+        self._stale: list[Path] = []
         self._boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", "")
 
     @classmethod
@@ -69,7 +69,7 @@ class ArenaDir:
     def adopt(self, sources: Iterable[ComponentSource]) -> dict[str, OwnedArena]:
         """Arenas of a dead loader that hold what a source says, by identity; all others are removed.
 
-        One that a sampler still maps cannot be removed: it stays, is reported, and goes at a later start.
+        One that a sampler still maps cannot be removed: it stays, is reported, and goes with `remove_stale`.
         """
         known = {source.identity: source for source in sources}
         adopted: dict[str, OwnedArena] = {}
@@ -83,7 +83,15 @@ class ArenaDir:
                 arena.close()
             if not discard(path):
                 _log.warning("an old arena stays: a sampler maps it", arena=path.name)
+                self._stale.append(path)
         return adopted
+
+    def remove_stale(self) -> None:
+        """Remove old arenas that `adopt` had to leave and that no sampler maps any more."""
+        for path in self._stale:
+            if discard(path):
+                _log.info("an old arena was removed", arena=path.name)
+        self._stale = [path for path in self._stale if path.exists()]
 
     def clear(self) -> tuple[int, list[str]]:
         """Remove all arenas that no sampler maps; (bytes given back, names of those that stay)."""
@@ -110,7 +118,7 @@ class ArenaDir:
 
     def publish_config(self, name: str, source: ModelSource) -> str:
         """Copy a model's small files into a folder and return its base name; the folder appears whole or not at all."""
-        folder = self.path / f"{_CONFIG_PREFIX}{name}-{_config_digest(source)}"
+        folder = self.path / f"{_CONFIG_PREFIX}{name}-{source.small_digest}"
         if folder.is_dir():
             return folder.name
         scratch = self.path / f".{folder.name}"
@@ -190,11 +198,6 @@ def _lock(path: Path) -> int:
             if os.path.samestat(os.fstat(fd), path.stat()):
                 return fd
         os.close(fd)  # the last owner removed this very file while we opened it
-
-
-def _config_digest(source: ModelSource) -> str:
-    text = repr([(inside, path.stat().st_size, path.stat().st_mtime_ns) for inside, path in source.small_files])
-    return xxhash.xxh3_64_hexdigest(text.encode())
 
 
 def _copy(path: Path, target: Path) -> None:

@@ -6,7 +6,7 @@ that model_index.json names and that holds safetensors.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,11 +46,15 @@ class ComponentSource:
 
 @dataclass(frozen=True, slots=True)
 class ModelSource:
-    """A model on disk: components sorted by name, and its small files as (path inside the model, path)."""
+    """A model on disk: components sorted by name, and its small files as (path inside the model, path).
+
+    `small_digest` (16 hex digits) tells one state of the small files from another.
+    """
 
     pipeline_class: str
     components: tuple[ComponentSource, ...]
     small_files: tuple[tuple[str, Path], ...]
+    small_digest: str
 
 
 def read_model(entry: ModelEntry, extent_bytes: int) -> ModelSource:
@@ -60,6 +64,7 @@ def read_model(entry: ModelEntry, extent_bytes: int) -> ModelSource:
         parts = sorted(name for name, value in index.items() if _is_part(name, value))
         picked = {name: path for name in parts if (path := pick_weights(entry.folder / name, entry.variant))}
         small = tuple(_small_files(entry.folder, parts))
+        small_digest = _digest_of(small)
     except OSError as error:
         raise BadCheckpoint(f"a file of the model cannot be read: {os.strerror(error.errno or 0)}") from error
     if not picked:
@@ -67,7 +72,7 @@ def read_model(entry: ModelEntry, extent_bytes: int) -> ModelSource:
     if entry.variant and not any(_has_variant(path, entry.variant) for path in picked.values()):
         raise BadCheckpoint(f'no component has files of the variant "{entry.variant}"')
     components = tuple(_component(name, path, extent_bytes) for name, path in picked.items())
-    return ModelSource(str(index.get("_class_name", "")), components, small)
+    return ModelSource(str(index.get("_class_name", "")), components, small, small_digest)
 
 
 def pick_weights(folder: Path, variant: str) -> Path | None:
@@ -158,6 +163,11 @@ def _small_files(folder: Path, parts: list[str]) -> Iterator[tuple[str, Path]]:
         raise BadCheckpoint(f"more than {MAX_SMALL_FILES} small files in the model's folder")
     for path in small:
         yield path.relative_to(folder).as_posix(), path
+
+
+def _digest_of(small_files: Iterable[tuple[str, Path]]) -> str:
+    text = repr([(inside, path.stat().st_size, path.stat().st_mtime_ns) for inside, path in small_files])
+    return xxhash.xxh3_64_hexdigest(text.encode())
 
 
 def _is_small(path: Path) -> bool:

@@ -38,6 +38,7 @@ class Config:
     """All settings of a loader."""
 
     models: tuple[ModelEntry, ...]
+    models_file: Path
     listen: str
     arena_dir: Path
     allow_disk: bool
@@ -70,7 +71,8 @@ def parse_args(argv: Sequence[str] | None = None) -> Config | Upkeep:
         return Upkeep(task, args["arena_dir"], args["fill_threads"])
     if missing := [f"--{name}" for name in ("models", "listen") if args[name] is None]:
         parser.error(f"the following arguments are required: {', '.join(missing)}")
-    return Config(models=read_models(args.pop("models")), **args)
+    file = args.pop("models")
+    return Config(models=read_models(file), models_file=file, **args)
 
 
 def read_models(path: Path) -> tuple[ModelEntry, ...]:

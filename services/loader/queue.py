@@ -1,41 +1,42 @@
-"""Which extent is filled next: what callers named, then the rest of what they prepare, adopted ones, eager ones."""
+"""Which extent is filled next: by urgency, then in the order asked. What nobody wants any more is passed over."""
 
 import asyncio
 from collections import deque
 from collections.abc import Iterable
-from enum import IntEnum
 
-from services.loader.records import Resident
+from services.loader.records import Part, Resident
+from services.loader.tickets import Order, Ticket, Urgency
 from services.params.arena import ExtentState
-
-
-class Urgency(IntEnum):
-    """Smaller goes first; equals go in the order asked."""
-
-    NAMED = 0
-    PREPARED = 1
-    ADOPTED = 2
-    EAGER = 3
 
 
 class FillQueue:
     """Extents that somebody wants. An extent may stand in it many times; `take` gives each out once."""
 
     def __init__(self) -> None:
-        self._lanes: tuple[deque[tuple[Resident, int]], ...] = tuple(deque() for _ in Urgency)
+        self._lanes: tuple[deque[tuple[Resident, int, Ticket]], ...] = tuple(deque() for _ in Urgency)
         self._news = asyncio.Event()
 
-    def put(self, resident: Resident, extents: Iterable[int], urgency: Urgency) -> None:
-        self._lanes[urgency].extend((resident, extent) for extent in extents if _needs_work(resident, extent))
+    def put(self, resident: Resident, extents: Iterable[int], urgency: Urgency, ticket: Ticket) -> None:
+        wanted = ((resident, extent, ticket) for extent in extents if _needs_work(resident, extent))
+        self._lanes[urgency].extend(wanted)
         self._news.set()
+
+    def put_all(self, parts: Iterable[Part], order: Order, ticket: Ticket) -> None:
+        """All that a wish wants: what it names, in its order, then the rest."""
+        by_name = dict(parts)
+        for component, extents in order:
+            resident = by_name[component]
+            self.put(resident, extents or range(len(resident.states)), ticket.priority.named, ticket)
+        for resident in by_name.values():
+            self.put(resident, range(len(resident.states)), ticket.priority.rest, ticket)
 
     async def take(self) -> tuple[Resident, int]:
         """The next extent that needs work, marked busy; the caller takes it out of `busy`."""
         while True:
             for lane in self._lanes:
                 while lane:
-                    resident, extent = lane.popleft()
-                    if _needs_work(resident, extent):
+                    resident, extent, ticket = lane.popleft()
+                    if ticket.is_open and _needs_work(resident, extent):
                         resident.busy.add(extent)
                         return resident, extent
             self._news.clear()

@@ -31,6 +31,7 @@ class ComponentView:
     ready_bytes: int
     extent_count: int
     state: Residency
+    identity: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ class Resident:
     """A component in memory, for every model that has it.
 
     `states` mirrors the arena's bytes. `busy` are extents that a thread works on now; `user_count` are open prepare
-    calls. Neither may be evicted.
+    calls. Neither may be evicted. `askers` are the replicas that have prepared it.
     """
 
     arena: OwnedArena
@@ -88,6 +89,7 @@ class Resident:
     is_gone: bool = False
     busy: set[int] = field(default_factory=set)
     user_count: int = 0
+    askers: set[str] = field(default_factory=set)
     last_used: float = field(default_factory=time.monotonic)
 
     @classmethod
@@ -124,6 +126,7 @@ class Resident:
             self.ready_bytes,
             len(layout.extents),
             self.residency,
+            self.source.identity,
         )
 
 
@@ -132,7 +135,7 @@ Part = tuple[str, Resident]  # a component of a model, by the model's name for i
 
 def absent_view(source: ComponentSource) -> ComponentView:
     count = len(source.layout.extents)
-    return ComponentView(source.name, "", "", source.layout.data_bytes, 0, count, Residency.ABSENT)
+    return ComponentView(source.name, "", "", source.layout.data_bytes, 0, count, Residency.ABSENT, source.identity)
 
 
 def model_state(states: list[Residency]) -> Residency:

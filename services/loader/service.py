@@ -1,6 +1,6 @@
 """LoaderService over gRPC: checks requests, asks the store, converts what it says."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import timedelta
 from typing import Any
 
@@ -9,8 +9,10 @@ from headwater.loader.v1 import loader_pb2 as pb
 from headwater.loader.v1 import loader_pb2_grpc
 
 from services.errors import InvalidRequest
+from services.loader.models import Reloaded
 from services.loader.records import ComponentView, ModelView, Progress
 from services.loader.store import ParamStore
+from services.loader.tickets import Priority
 
 SERVICE = pb.DESCRIPTOR.services_by_name["LoaderService"].full_name
 MAX_REPLICA_CHARACTERS = 128
@@ -20,8 +22,9 @@ MAX_SELECTIONS = 1_000
 class LoaderService(loader_pb2_grpc.LoaderServiceServicer):
     """Adapter; raises types of services/errors.py, the interceptor turns them into statuses."""
 
-    def __init__(self, store: ParamStore) -> None:
+    def __init__(self, store: ParamStore, reload: Callable[[], Awaitable[Reloaded]]) -> None:
         self._store = store
+        self._reload = reload
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
         return pb.ListModelsResponse(models=[_model(view) for view in self._store.models()])
@@ -37,7 +40,8 @@ class LoaderService(loader_pb2_grpc.LoaderServiceServicer):
         if len(request.order) > MAX_SELECTIONS:
             raise InvalidRequest(("order", f"at most {MAX_SELECTIONS} selections"))
         order = [(selection.component, tuple(selection.extents)) for selection in request.order]
-        async for progress in self._store.prepare(request.model, order):
+        priority, replica = _priority(request.priority), _replica(request.replica)
+        async for progress in self._store.prepare(request.model, order, priority, replica):
             yield _progress(progress)
 
     async def EvictModel(self, request: pb.EvictModelRequest, context: Any) -> pb.EvictModelResponse:
@@ -47,16 +51,31 @@ class LoaderService(loader_pb2_grpc.LoaderServiceServicer):
     async def WatchResidency(
         self, request: pb.WatchResidencyRequest, context: Any
     ) -> AsyncIterator[pb.WatchResidencyResponse]:
-        if len(request.replica) > MAX_REPLICA_CHARACTERS or not request.replica.isprintable():
-            text = f"at most {MAX_REPLICA_CHARACTERS} printable characters"
-            raise InvalidRequest(("replica", text))
-        async for views in self._store.watch(request.replica or "unnamed", list(request.models)):
-            yield pb.WatchResidencyResponse(models=[_model(view) for view in views])
+        async for news in self._store.watch(_replica(request.replica), list(request.models)):
+            yield pb.WatchResidencyResponse(
+                models=[_model(view) for view in news.models], removed=news.removed, give_back=news.give_back
+            )
+
+    async def ReloadModels(self, request: pb.ReloadModelsRequest, context: Any) -> pb.ReloadModelsResponse:
+        reloaded = await self._reload()
+        return pb.ReloadModelsResponse(added=reloaded.added, removed=reloaded.removed, changed=reloaded.changed)
 
 
 def _require(model: str) -> None:
     if not model:
         raise InvalidRequest(("model", "name a model of models.toml"))
+
+
+def _replica(name: str) -> str:
+    if len(name) > MAX_REPLICA_CHARACTERS or not name.isprintable():
+        raise InvalidRequest(("replica", f"at most {MAX_REPLICA_CHARACTERS} printable characters"))
+    return name or "unnamed"
+
+
+def _priority(number: int) -> Priority:
+    if number not in pb.Priority.values():
+        raise InvalidRequest(("priority", "one of the values of Priority"))
+    return Priority(number) if number else Priority.NORMAL
 
 
 def _model(view: ModelView) -> pb.Model:
@@ -80,6 +99,7 @@ def _component(view: ComponentView) -> pb.Component:
         ready_bytes=view.ready_bytes,
         extent_count=view.extent_count,
         state=pb.ResidencyState.ValueType(view.state.value),
+        identity=view.identity,
     )
 
 

@@ -1,32 +1,37 @@
-"""The params this host holds: which models there are, what of them is in memory, who waits for what.
+"""The params this host holds, and those who want them: callers of prepare, watchers, the eager load.
 
 A component's life: ABSENT until somebody prepares a model that has it; then an arena is reserved, whole, while its
-extents are filled in the order asked, once, for all callers together; READY until it is evicted. A fill that fails
-leaves the component FAILED until the next prepare, which starts over. After a loader's death its arenas are adopted:
-READY extents are verified against their digests, the others filled again.
+extents are filled in the order asked, once, for all callers together; READY until it is evicted. A fill that nobody
+wants any more rests where it is. One that fails leaves the component FAILED until the next prepare, which starts over.
+After a loader's death its arenas are adopted: READY extents are verified against their digests, others filled again.
 
 All of it runs on the event loop; only admission's system calls and the fill itself leave it, for threads. No grpc.
 """
 
 import asyncio
-from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Sequence
+from time import monotonic
 
 import structlog
 
-from services.errors import BadCheckpoint, HeadwaterError, Leased, ShuttingDown, UnknownModel
-from services.loader.admission import Admission
+from services.errors import HeadwaterError, HostMemoryFull, ShuttingDown
 from services.loader.arenas import ArenaDir
-from services.loader.catalog import ModelSource, read_model
 from services.loader.config import ModelEntry
 from services.loader.fill import Filler
+from services.loader.holdings import Holdings
+from services.loader.models import Models, Reloaded, has_changed
 from services.loader.progress import Changes, follow
-from services.loader.queue import FillQueue, Urgency
-from services.loader.records import ModelRecord, ModelView, Part, Progress, Resident, view_of
-from services.loader.tickets import Order, Ticket, check_order
+from services.loader.queue import FillQueue
+from services.loader.reaper import PERIOD_S
+from services.loader.records import ModelRecord, ModelView, Progress, Resident
+from services.loader.telling import Filling
+from services.loader.tickets import Order, Priority, Ticket, Urgency, check_order
+from services.loader.watchers import News, Watchers
 from services.loader.workers import fill_forever
 
 _WATCH_PAUSE_S = 0.05
+_GIVE_BACK_S = 5.0  # that samplers get to let go, all of them together
+_POLL_S = 0.02
 
 _log = structlog.get_logger()
 
@@ -42,71 +47,67 @@ class ParamStore:
         extent_bytes: int,
         budget_bytes: int | None = None,
     ) -> None:
-        self._records = {entry.name: ModelRecord(entry) for entry in entries}
-        self._directory = directory
+        self._models = Models(entries, extent_bytes)
         self._filler = filler
-        self._extent_bytes = extent_bytes
-        self._admission = Admission(directory, budget_bytes, self._label, self._is_pinned)
-        self._admitting = asyncio.Lock()
         self._queue = FillQueue()
         self._changes = Changes()
-        self._read_bytes: Counter[str] = Counter()
-        self._replicas: Counter[str] = Counter()
-        self._workers: list[asyncio.Task[None]] = []
+        self._watchers = Watchers()
+        self._holdings = Holdings(self._models, directory, budget_bytes, self._changes, lambda: self._watchers.names)
+        self._tasks: list[asyncio.Task[None]] = []
         self._admissions: set[asyncio.Task[None]] = set()
         self._is_stopping = False
 
     async def start(self) -> None:
         """Read all models' headers, adopt what a dead loader left, and start to fill what is asked."""
-        count = self._filler.thread_count
-        await asyncio.gather(*(self._scan(record) for record in self._records.values()))
-        sources = [source for record in self._records.values() for source in record.components]
-        for resident in self._admission.adopt(sources):
-            self._queue.put(resident, range(len(resident.states)), Urgency.ADOPTED)
-            _log.info("adopted", component=self._label(resident), generation=resident.arena.header.generation)
-        for record in self._records.values():
-            if record.source and len(self._parts(record)) == len(record.components):
-                await self._resume(record, record.source)
-        self._directory.remove_configs_except({record.config for record in self._records.values()})
-        workers = (fill_forever(self._queue, self._filler, self._changes, self._read_bytes) for _ in range(count))
-        self._workers = [asyncio.create_task(worker) for worker in workers]
-
-    async def _resume(self, record: ModelRecord, source: ModelSource) -> None:
-        """Go on with a model that a dead loader had; without its config folder it waits to be prepared again."""
-        try:
-            record.config = await asyncio.to_thread(self._directory.publish_config, record.entry.name, source)
-            record.is_wanted = True
-        except HeadwaterError as error:
-            _log.warning("no config folder", model=record.entry.name, reason=str(error))
+        await self._models.read_all()
+        nobody = Ticket(Priority.EAGER)
+        for resident in await self._holdings.adopt():
+            self._queue.put(resident, range(len(resident.states)), Urgency.ADOPTED, nobody)
+        workers = (
+            fill_forever(self._queue, self._filler, self._changes, self._holdings.read_bytes)
+            for _ in range(self._filler.thread_count)
+        )
+        self._tasks = [asyncio.create_task(task) for task in (*workers, self._reap_forever())]
 
     async def load_all(self) -> None:
         """Prepare every model, in order, behind whatever callers ask for; evicts nothing."""
-        for record in self._records.values():
-            nobody = Ticket()
-            nobody.release()
+        for record in self._models:
             try:
-                await self._admitted(record, (), nobody, Urgency.EAGER)
+                await self._admitted(record, (), Ticket(Priority.EAGER))
             except ShuttingDown:
                 return
             except HeadwaterError as error:
                 _log.warning("not loaded eagerly", model=record.entry.name, reason=str(error))
 
+    async def reload(self, entries: Iterable[ModelEntry]) -> Reloaded:
+        """Take over another models.toml, or the same with other files, without disturbing what is in use."""
+        async with self._holdings.lock:
+            reloaded = await self._holdings.reload(entries)
+        _log.info("reloaded", added=reloaded.added, removed=reloaded.removed, changed=reloaded.changed)
+        return reloaded
+
     def models(self) -> list[ModelView]:
-        return [self._view(record) for record in self._records.values()]
+        return [self._holdings.view(record) for record in self._models]
+
+    def filling(self) -> Filling:
+        """What is being read or verified now."""
+        return self._holdings.filling()
 
     def model(self, name: str) -> ModelView:
         """Raises UnknownModel."""
-        return self._view(self._record(name))
+        return self._holdings.view(self._models[name])
 
-    async def prepare(self, name: str, order: Order = ()) -> AsyncIterator[Progress]:
-        """Make a model resident; news until all of it is READY. Leaving early does not stop the fill.
+    async def prepare(
+        self, name: str, order: Order = (), priority: Priority = Priority.NORMAL, replica: str = "unnamed"
+    ) -> AsyncIterator[Progress]:
+        """Make a model resident; news until all of it is READY. Who leaves early wants no more of it.
 
         Raises UnknownModel, BadCheckpoint, HostMemoryFull, CheckpointChanged, ShuttingDown.
         """
-        record, ticket = self._record(name), Ticket()
+        record, ticket = self._models[name], Ticket(priority, replica)
         try:
-            await self._admitted(record, order, ticket, Urgency.PREPARED)
-            news = follow(ticket.parts, lambda: self._view(record), self._changes)
+            await self._admitted(record, order, ticket)
+            news = follow(ticket.parts, lambda: self._holdings.view(record), self._changes)
             async for progress in news:
                 yield progress
         finally:
@@ -114,39 +115,33 @@ class ParamStore:
 
     async def evict(self, name: str) -> int:
         """Give a model's memory back; the bytes freed. Raises UnknownModel, Leased."""
-        record = self._record(name)
-        async with self._admitting:
-            freed = await self._admission.drop(self._unshared(record))
-            if freed is None:
-                who = f"; watching are: {', '.join(sorted(self._replicas))}" if self._replicas else ""
-                raise Leased(f"{name} is in use by a sampler or being filled; nothing was evicted{who}")
-            record.is_wanted = False
-            self._tidy()
-        return freed
+        record = self._models[name]
+        async with self._holdings.lock:
+            return await self._holdings.evict(record)
 
     async def give_back(self) -> int | None:
-        """Evict the component that was used least recently, if one may go; its bytes. The host is short of memory."""
-        async with self._admitting:
-            freed = await self._admission.drop_idle()
-            self._tidy()
+        """Evict the component that was used least recently, if one may go; its bytes. The host is short of memory.
+
+        If none may go, samplers are asked to let go of one, for the next time.
+        """
+        async with self._holdings.lock:
+            freed = await self._holdings.evict_idle()
+        if not freed and (leased := self._holdings.admission.lease_for((), ())):
+            self._ask_back(leased)
         return freed
 
-    async def watch(self, replica: str, names: Sequence[str] = ()) -> AsyncIterator[list[ModelView]]:
-        """All models named (none: all), then those that changed, until the store stops. Raises UnknownModel."""
-        records = [self._record(name) for name in names] or list(self._records.values())
-        known: dict[str, ModelView] = {}
-        self._replicas[replica] += 1
-        try:
+    async def watch(self, replica: str, names: Sequence[str] = ()) -> AsyncIterator[News]:
+        """All models named (none: all), then what changes, until the store stops. Raises UnknownModel."""
+        for name in names:
+            _ = self._models[name]
+        with self._watchers.joined(replica) as watcher:
             while not self._is_stopping:
                 version = self._changes.version
-                views = {record.entry.name: self._view(record) for record in records}
-                if news := [view for name, view in views.items() if known.get(name) != view]:
+                views = {view.name: view for view in self.models() if not names or view.name in names}
+                if news := watcher.news(views):
                     yield news
-                known = views
                 await self._changes.after(version)
                 await asyncio.sleep(_WATCH_PAUSE_S)
-        finally:
-            self._replicas -= Counter([replica])
         raise ShuttingDown("the loader stops")
 
     def begin_stop(self) -> None:
@@ -158,138 +153,68 @@ class ParamStore:
     async def stop(self) -> None:
         """Give all memory back. A sampler that maps an arena keeps it until it unmaps."""
         self.begin_stop()
-        for worker in self._workers:
-            worker.cancel()
-        await asyncio.gather(*self._workers, *self._admissions, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, *self._admissions, return_exceptions=True)
         self._filler.close()
-        residents = list(self._admission.residents.values())
-        for resident in residents:
-            resident.busy.clear()  # its threads are joined
-        await self._admission.drop(residents, even_if_leased=True)
+        await self._holdings.evict_all()
 
-    async def _admitted(self, record: ModelRecord, order: Order, ticket: Ticket, urgency: Urgency) -> None:
+    async def _admitted(self, record: ModelRecord, order: Order, ticket: Ticket) -> None:
         """Admit in a task of its own: the caller may leave, a reservation is never left half done."""
-        task = asyncio.create_task(self._admit(record, order, ticket, urgency))
+        task = asyncio.create_task(self._admit(record, order, ticket))
         self._admissions.add(task)
         task.add_done_callback(self._admissions.discard)
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
         await asyncio.shield(task)
 
-    async def _admit(self, record: ModelRecord, order: Order, ticket: Ticket, urgency: Urgency) -> None:
-        async with self._admitting:
-            if self._is_stopping:
-                raise ShuttingDown("the loader stops")
-            if not self._is_whole(record):
-                await self._scan_again(record)
-            check_order(record, order)
-            new: list[Resident] = []
-            if not self._is_whole(record):
-                new = await self._begin(record, may_evict=urgency is not Urgency.EAGER)
-            ticket.hold(self._parts(record))
-            record.is_wanted = True
-            parts = dict(self._parts(record))
-            for component, extents in order:
-                self._queue.put(parts[component], extents or range(len(parts[component].states)), Urgency.NAMED)
-            for resident in parts.values():
-                self._queue.put(resident, range(len(resident.states)), urgency)
-            await self._reserve(new)
+    async def _admit(self, record: ModelRecord, order: Order, ticket: Ticket) -> None:
+        """Admit; samplers are asked for room, for one component after the other, while that may help."""
+        holdings, asked, deadline = self._holdings, list[Resident](), monotonic() + _GIVE_BACK_S
+        is_changed = await has_changed(record)
+        while True:
+            async with holdings.lock:
+                try:
+                    return await self._admit_now(record, order, ticket, is_changed)
+                except HostMemoryFull:
+                    leased = holdings.admission.lease_for(record.components, asked) if ticket.may_ask else None
+                    if leased is None or monotonic() > deadline:
+                        raise
+            is_changed = False
+            asked.append(leased)
+            self._ask_back(leased)
+            await _given_back(leased, deadline)
+
+    async def _admit_now(self, record: ModelRecord, order: Order, ticket: Ticket, is_changed: bool) -> None:
+        if self._is_stopping:
+            raise ShuttingDown("the loader stops")
+        if is_changed or not self._holdings.is_whole(record):
+            await self._holdings.read_again(record)
+        check_order(record, order)
+        new: list[Resident] = []
+        if not self._holdings.is_whole(record):
+            new = await self._holdings.begin(record, ticket.priority.may_evict)
+        parts = self._holdings.parts(record)
+        ticket.hold(parts)
+        record.is_wanted = True
+        self._queue.put_all(parts, order, ticket)
+        await self._holdings.reserve(new)
         self._changes.notify()
 
-    def _is_whole(self, record: ModelRecord) -> bool:
-        residents = self._admission.of(record.components)
-        is_here = bool(record.config) and len(residents) == len(record.components)
-        return is_here and not any(resident.error for resident in residents)
-
-    async def _scan_again(self, record: ModelRecord) -> None:
-        """The files may have been replaced or mended since they were last looked at."""
-        failed = [resident for resident in self._admission.of(record.components) if resident.error]
-        for resident in failed:
-            await self._discard(resident)
-        await self._scan(record)
-        known = {part.identity for other in self._records.values() for part in other.components}
-        for identity, resident in list(self._admission.residents.items()):
-            if identity not in known:
-                await self._admission.drop([resident])  # of files that are no more; spared while in use
-        self._tidy()
-        if record.source is None:
-            raise BadCheckpoint(record.reason)
-
-    async def _begin(self, record: ModelRecord, may_evict: bool) -> list[Resident]:
-        assert record.source
-        new = await self._admission.begin(record.components, may_evict)
-        try:
-            publish = self._directory.publish_config
-            record.config = await asyncio.to_thread(publish, record.entry.name, record.source)
-        except HeadwaterError:
-            await self._admission.drop(new, even_if_leased=True)
-            raise
-        finally:
-            self._tidy()
-        return new
-
-    async def _reserve(self, new: Sequence[Resident]) -> None:
-        """Reserve memory while the disk is read already. If there is too little, nothing of `new` stays."""
-        try:
-            await self._admission.reserve(new)
-        except Exception as error:
-            for resident in new:
-                resident.error = error  # nobody begins with another extent of it
-            if not self._is_stopping:  # else threads may still be at work, and `stop` drops all
-                for resident in new:
-                    await self._discard(resident)
-                self._tidy()
-            raise
-
-    async def _scan(self, record: ModelRecord) -> None:
-        try:
-            record.source = await asyncio.to_thread(read_model, record.entry, self._extent_bytes)
-            record.reason = ""
-        except BadCheckpoint as error:
-            record.source, record.reason = None, str(error)
-            _log.warning("a model cannot be served", model=record.entry.name, reason=record.reason)
-
-    async def _discard(self, resident: Resident) -> None:
-        """Forget a failed component: what samplers map of it stays theirs."""
-        while resident.busy:
-            await self._changes.after(self._changes.version)
-        await self._admission.drop([resident], even_if_leased=True)
-
-    def _record(self, name: str) -> ModelRecord:
-        if name not in self._records:
-            known = ", ".join(sorted(self._records)[:20])
-            raise UnknownModel(f"no model {name[:64]!r}; known: {known}" if name else "no model named")
-        return self._records[name]
-
-    def _parts(self, record: ModelRecord) -> list[Part]:
-        """The model's components that are in memory, by name."""
-        here = self._admission.residents
-        return [(part.name, here[part.identity]) for part in record.components if part.identity in here]
-
-    def _unshared(self, record: ModelRecord) -> list[Resident]:
-        others = (other for other in self._records.values() if other is not record and other.is_wanted)
-        shared = {part.identity for other in others for part in other.components}
-        return [
-            resident for resident in self._admission.of(record.components) if resident.source.identity not in shared
-        ]
-
-    def _tidy(self) -> None:
-        """Drop config folders of models with nothing in memory, and tell who watches."""
-        for record in self._records.values():
-            if record.config and not self._parts(record):
-                self._directory.remove_config(record.config)
-                record.config, record.is_wanted = "", False
+    def _ask_back(self, leased: Resident) -> None:
+        """Have samplers hear that the room of this component is needed."""
+        models = [record.entry.name for record in self._models.having(leased)]
+        _log.info("asking samplers to let go", models=models)
+        self._watchers.ask_back(models)
         self._changes.notify()
 
-    def _view(self, record: ModelRecord) -> ModelView:
-        return view_of(record, dict(self._parts(record)), self._read_bytes)
+    async def _reap_forever(self) -> None:
+        while True:
+            await asyncio.sleep(PERIOD_S)
+            async with self._holdings.lock:
+                await self._holdings.reap()
 
-    def _is_pinned(self, resident: Resident) -> bool:
-        pinned = (record for record in self._records.values() if record.entry.pin)
-        return any(part.identity == resident.source.identity for record in pinned for part in record.components)
 
-    def _label(self, resident: Resident) -> str:
-        for record in self._records.values():
-            for part in record.components:
-                if part.identity == resident.source.identity:
-                    return f"{record.entry.name}/{part.name}"
-        return f"replaced/{resident.source.name}"
+async def _given_back(leased: Resident, deadline: float) -> None:
+    # Nothing tells when a lock of the kernel is free.
+    while not leased.is_gone and leased.arena.is_leased() and monotonic() < deadline:  # noqa: ASYNC110
+        await asyncio.sleep(_POLL_S)

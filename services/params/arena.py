@@ -41,6 +41,7 @@ class AttachedArena:
         self._data_at = regions.data  # in the file
         self.component = header.component
         self.generation = header.generation
+        self.identity = header.identity
         self.tensors: tuple[PlacedTensor, ...] = header.layout.tensors
         self.extents: tuple[Extent, ...] = header.layout.extents
         self.size_bytes = header.layout.data_bytes

@@ -14,6 +14,12 @@ from services.rpc.status import error_from
 
 LoaderModel = loader_pb2.Model
 PrepareNews = loader_pb2.PrepareParamsResponse
+ResidencyNews = loader_pb2.WatchResidencyResponse
+PRIORITY_LOW, PRIORITY_NORMAL, PRIORITY_HIGH = (
+    loader_pb2.PRIORITY_LOW,
+    loader_pb2.PRIORITY_NORMAL,
+    loader_pb2.PRIORITY_HIGH,
+)
 
 _RECONNECT = (("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1_000))
 
@@ -21,7 +27,7 @@ _RECONNECT = (("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_b
 class LoaderClient:
     """Calls to the loader at `address` (`unix:/path` or `host:port`); use as an async context manager.
 
-    Every call may raise LoaderGone. Leaving a stream's loop early cancels the call, never the fill.
+    Every call may raise LoaderGone. Leaving a stream's loop early cancels the call: its caller wants no more.
     """
 
     def __init__(self, address: str) -> None:
@@ -48,11 +54,16 @@ class LoaderClient:
             return (await self._stub.GetModel(loader_pb2.GetModelRequest(model=name))).model
 
     async def prepare(
-        self, name: str, order: Iterable[tuple[str, Sequence[int]]] = ()
+        self,
+        name: str,
+        order: Iterable[tuple[str, Sequence[int]]] = (),
+        priority: loader_pb2.Priority.ValueType = PRIORITY_NORMAL,
+        replica: str = "",
     ) -> AsyncGenerator[PrepareNews, None]:
         """Messages of a fill until `done`; `order` is (component, extents). Raises what PrepareParams answers."""
         selections = [loader_pb2.ExtentSelection(component=c, extents=extents) for c, extents in order]
-        call = self._stub.PrepareParams(loader_pb2.PrepareParamsRequest(model=name, order=selections))
+        request = loader_pb2.PrepareParamsRequest(model=name, order=selections, priority=priority, replica=replica)
+        call = self._stub.PrepareParams(request)
         with self._errors(), _cancelling(call):
             async for response in call:
                 yield response
@@ -61,6 +72,11 @@ class LoaderClient:
         """Bytes given back. Raises UnknownModel, Leased."""
         with self._errors():
             return (await self._stub.EvictModel(loader_pb2.EvictModelRequest(model=name))).freed_bytes
+
+    async def reload(self) -> loader_pb2.ReloadModelsResponse:
+        """Have models.toml read again. Raises BadConfig."""
+        with self._errors():
+            return await self._stub.ReloadModels(loader_pb2.ReloadModelsRequest())
 
     async def watch(
         self, replica: str = "", models: Iterable[str] = ()

@@ -32,5 +32,6 @@ def configure(format: LogFormat = "text", level: str = "info") -> None:  # noqa:
             *render,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        # Looked up for each line: a bar on the terminal puts its own in place of it.
+        logger_factory=lambda *_: structlog.PrintLogger(sys.stderr),
     )

@@ -36,6 +36,7 @@ TABLE: dict[type[errors.HeadwaterError], tuple[grpc.StatusCode, str]] = {
     errors.BadCheckpoint: (_Code.FAILED_PRECONDITION, "BAD_CHECKPOINT"),
     errors.CheckpointChanged: (_Code.DATA_LOSS, "CHECKPOINT_CHANGED"),
     errors.UnsupportedModel: (_Code.FAILED_PRECONDITION, "UNSUPPORTED_MODEL"),
+    errors.BadConfig: (_Code.FAILED_PRECONDITION, "BAD_CONFIG"),
     errors.BadArena: (_Code.FAILED_PRECONDITION, "BAD_ARENA"),
     errors.HostMemoryFull: (_Code.RESOURCE_EXHAUSTED, "HOST_MEMORY_FULL"),
     errors.DeviceMemoryFull: (_Code.RESOURCE_EXHAUSTED, "DEVICE_MEMORY_FULL"),

@@ -65,8 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--arena-dir", type=Path, default=Path("/dev/shm/headwater"),
         help="the loader's folder (default: %(default)s)")  # fmt: skip
     add("--attach", action="append", default=[], metavar="MODEL",
-        help="attach this model before serving, or say why it cannot be; may be repeated "
-        "(default: each when it is first asked for)")  # fmt: skip
+        help="attach this model before serving, or say why it cannot be, and keep it attached; may be repeated "
+        "(default: each when it is first asked for, until the loader needs its room)")  # fmt: skip
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     add("--max-vram", type=float, dest="max_vram_gib", default=-1.0, metavar="GIB",
         help="VRAM budget; negative: what is free less that; 0: all that is free (default: %(default)s)")  # fmt: skip

@@ -39,7 +39,8 @@ class Engine:
     """Runs riders' work, one at a time, and brings each gate's params once for all that a sweep carries.
 
     State is touched only by the thread that holds the baton; `_news` and `_idle` by any thread under `_mutex`.
-    `on_gone` is called by the holder of the baton and must not block. `clock` gives seconds and never goes back.
+    `on_gone`, and `on_starved` with a gate whose bytes a rider has to wait for, are called by the holder of the baton
+    and must not block. `clock` gives seconds and never goes back.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Engine:
         self.transfer = transfer
         self.gone: DeviceGone | None = None
         self.on_gone: Callable[[], object] = lambda: None
+        self.on_starved: Callable[[Gate], object] = lambda gate: None
         self._meter = meter or WallMeter()
         self._clock = clock
         self._mutex = threading.Lock()
@@ -125,6 +127,7 @@ class Engine:
         if parked:
             since = self._clock()
             rider.on_gate(gate, True)
+            self.on_starved(gate)
         self._sweeps.stand(rider, gate, parked)
         rider.on_pause()
         self._give_on(rider)

@@ -1,64 +1,65 @@
-"""The models of one loader as this sampler has them: attached at start or on first use, let go at stop.
+"""The models of one loader as this sampler has them: attached at start or on first use, let go when the loader says so.
 
 An attached model whose params are all READY needs no loader any more. One that is still being filled waits for the
 loader to come back; if it comes back with other arenas, waiting riders fail and the next request attaches anew.
+
+The loader tells of models that were replaced or removed: requests under way end on what they began with, the next one
+gets what is there now. It asks for models back whose room is needed: they are let go of as soon as nobody uses them,
+and attached again when they are next asked for. Those that the operator named to be attached are kept.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Coroutine
 from contextlib import aclosing, asynccontextmanager, suppress
-from pathlib import Path
-from typing import TypeVar
 
 import structlog
 
 from services.errors import HeadwaterError, InvalidRequest, LoaderGone, ShuttingDown
-from services.params.arena import AttachedArena, attach
-from services.rpc.loader_client import LoaderClient, LoaderModel, PrepareNews
-from services.sampler.binding import BoundComponent, build_pipeline
-from services.sampler.blocks import Speedup
+from services.rpc.loader_client import (
+    PRIORITY_HIGH,
+    PRIORITY_LOW,
+    LoaderClient,
+    LoaderModel,
+    PrepareNews,
+    ResidencyNews,
+)
+from services.sampler.attaching import Attacher, on_baton
 from services.sampler.engine import Engine
+from services.sampler.gates import Gate
 from services.sampler.model import AttachedModel
-from services.sampler.riders import Rider
-from services.sampler.traits import Traits, traits_of
-from services.sampler.work import Kind
-from services.sampler.workspace import Workspace
 
 RETRY_S = 0.5
 
 log = structlog.get_logger()
-T = TypeVar("T")
 
 
 class Library:
-    """Attached models by name. All methods belong to one event loop; what touches modules runs under the baton."""
+    """Attached models by name. All methods belong to one event loop; what touches modules runs under the baton.
+
+    replica: who this is to the loader; kept: names of models that are not given back while they are attached.
+    """
 
     def __init__(
-        self,
-        loader: LoaderClient,
-        engine: Engine,
-        workspace: Workspace,
-        arena_dir: Path,
-        gate_limit_bytes: int,
-        replica: str,
-        speedups: Sequence[Speedup] = (),
+        self, loader: LoaderClient, engine: Engine, attacher: Attacher, replica: str, kept: Collection[str] = ()
     ) -> None:
         self.attached: dict[str, AttachedModel] = {}
         self.loader_connected = False
         self._loader = loader
         self._engine = engine
-        self._workspace = workspace
-        self._arena_dir = arena_dir
-        self._gate_limit_bytes = gate_limit_bytes
+        self._attacher = attacher
         self._replica = replica
-        self._speedups = speedups
+        self._kept = kept
         self._attaching: dict[str, asyncio.Task[AttachedModel]] = {}
-        self._fills: dict[str, asyncio.Task[None]] = {}
+        self._fills: dict[AttachedModel, asyncio.Task[None]] = {}
         self._uses: dict[AttachedModel, int] = {}
+        self._asked: set[str] = set()  # the loader wants their room
         self._leaving: set[AttachedModel] = set()  # to be detached when nobody uses them
-        self._detaching: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._fetching: set[Gate] = set()
+        self._loop = asyncio.get_running_loop()
+        engine.on_starved = self._starved
 
     # ---- what there is
 
@@ -85,11 +86,13 @@ class Library:
         while True:
             with suppress(HeadwaterError):
                 async with aclosing(self._loader.watch(self._replica)) as states:
-                    async for _ in states:
+                    async for news in states:
                         if not self.loader_connected:
                             self.loader_connected = True
                             log.info("loader connected")
                             on_change(True)
+                            self._forget_all_but({model.name for model in news.models})
+                        self._heed(news)
             if self.loader_connected:
                 self.loader_connected = False
                 log.warning("loader gone; attached models are served on", models=sorted(self.attached))
@@ -102,6 +105,8 @@ class Library:
     async def using(self, name: str) -> AsyncGenerator[AttachedModel, None]:
         """The model, attached, and kept so for the time of the block. Raises what the loader answers."""
         model = await self.attach(name)
+        while self.attached.get(model.name) is not model:  # let go of before its caller's turn came
+            model = await self.attach(name)
         self.keep(model)
         try:
             yield model
@@ -117,7 +122,9 @@ class Library:
             del self._uses[model]
             if model in self._leaving:
                 self._leaving.discard(model)
-                self._detaching.add(asyncio.create_task(self.on_baton(model.detach)))
+                self._spawn(self._detach(model))
+            elif model.name in self._asked:
+                self._give_back(model.name)
 
     async def attach(self, name: str) -> AttachedModel:
         """The model, attached if it was not; many callers share one attaching."""
@@ -144,8 +151,13 @@ class Library:
 
     async def prepare(self, name: str) -> AsyncGenerator[PrepareNews, None]:
         """Attach, then the loader's news until all params are READY."""
-        model = await self.attach(name)
-        async with aclosing(self._loader.prepare(model.name, model.fill_order())) as fill:
+        async with self.using(name) as model, aclosing(self._loader.prepare(model.name, model.fill_order())) as fill:
+            async for news in fill:
+                yield news
+
+    async def hint(self, name: str) -> AsyncGenerator[PrepareNews, None]:
+        """Have the loader read a model behind everything else, without attaching it; its news until READY."""
+        async with aclosing(self._loader.prepare(name, (), PRIORITY_LOW, self._replica)) as fill:
             async for news in fill:
                 yield news
 
@@ -153,61 +165,27 @@ class Library:
         """Detach everything. Riders must have ended."""
         for task in [*self._fills.values(), *self._attaching.values()]:
             task.cancel()
-        await asyncio.gather(*self._fills.values(), *self._attaching.values(), *self._detaching, return_exceptions=True)
+        await asyncio.gather(*self._fills.values(), *self._attaching.values(), *self._tasks, return_exceptions=True)
         for model in self.attached.values():
-            await self.on_baton(model.detach)
+            await on_baton(self._engine, model.detach)
         self.attached.clear()
 
     async def _attach(self, name: str) -> AttachedModel:
-        reserved = await self._reserved(name)
-        arenas: dict[str, AttachedArena] = {}
-        try:
-            for component in reserved.components:
-                arenas[component.name] = attach(self._arena_dir / component.arena, component.generation)
-            model = await self._build(name, self._arena_dir / reserved.config, arenas)
-        except BaseException:
-            for arena in arenas.values():
-                arena.close()
-            raise
-        self.attached[name] = model
-        self._fills[name] = asyncio.create_task(self._follow(model))
+        async with self._attacher.attached(name, list(self.attached.values())) as model:
+            self.attached[name] = model
+            self._asked.discard(name)
+            self._fills[model] = asyncio.create_task(self._follow(model))
+            self._fills[model].add_done_callback(lambda _: self._fills.pop(model, None))
         log.info("attached", model=name, size_bytes=model.size_bytes, gates=len(model.gates))
         return model
-
-    async def _reserved(self, name: str) -> LoaderModel:
-        """The model with its arenas, as soon as the loader has reserved their memory."""
-        async with aclosing(self._loader.prepare(name)) as fill:
-            async for news in fill:
-                return news.model
-        raise LoaderGone("the loader ended the call without a word")
-
-    async def _build(self, name: str, config: Path, arenas: dict[str, AttachedArena]) -> AttachedModel:
-        def pipeline() -> tuple[object, list[BoundComponent]]:
-            return build_pipeline(config, arenas)
-
-        built, components = await self.on_baton(pipeline)
-        if any(c.outside for c in components) and not all(a.ready_bytes == a.size_bytes for a in arenas.values()):
-            # A library converted tensors that may not have been read yet.
-            async for _ in self._loader.prepare(name):
-                pass
-            built, components = await self.on_baton(pipeline)
-        traits = traits_of(built, config)
-        pictures = [default_kind(m.name, m.traits) for m in self.attached.values()]
-        pictures.append(default_kind(name, traits))
-
-        def attached() -> AttachedModel:
-            work = self._workspace.least_bytes(pictures)
-            return AttachedModel(
-                name, built, components, self._engine, traits, self._gate_limit_bytes, self._speedups, config, work
-            )
-
-        return await self.on_baton(attached)
 
     async def _follow(self, model: AttachedModel) -> None:
         """Ask for the model's extents in the order of need and wake riders as they come, until all are READY."""
         while model.ready_bytes < model.size_bytes:
             try:
-                async with aclosing(self._loader.prepare(model.name, model.fill_order())) as fill:
+                async with aclosing(
+                    self._loader.prepare(model.name, model.fill_order(), replica=self._replica)
+                ) as fill:
                     async for news in fill:
                         if not is_mapped(model, news):
                             gone = LoaderGone("the loader was restarted and reads the model anew: ask again")
@@ -215,8 +193,6 @@ class Library:
                             return
                         await asyncio.to_thread(self._engine.wake)
             except LoaderGone as error:
-                if model.name not in self.attached:
-                    return
                 log.warning("waiting for the loader", model=model.name, reason=str(error))
                 await asyncio.sleep(RETRY_S)
             except HeadwaterError as error:
@@ -227,36 +203,92 @@ class Library:
         log.info("all params ready", model=model.name, size_bytes=model.size_bytes)
 
     async def _abandon(self, model: AttachedModel, error: HeadwaterError) -> None:
-        """Fail who waits for bytes that will not come, and let the model go when nobody uses it."""
-        self.attached.pop(model.name, None)
+        """Fail who waits for bytes that will not come, and let go of the model."""
         self._engine.fail(model.gates, error)
+        self._fills.pop(model, None)  # that is where we are
+        self._let_go(model)
+
+    # ---- what the loader says
+
+    def _heed(self, news: ResidencyNews) -> None:
+        """Let go of models that were removed or replaced, and of those whose room is needed once nobody uses them."""
+        for name in news.removed:
+            if name in self.attached:
+                self._let_go(self.attached[name])
+        for theirs in news.models:
+            if theirs.name in self.attached and is_replaced(self.attached[theirs.name], theirs):
+                self._let_go(self.attached[theirs.name])
+        for name in news.give_back:
+            if name in self.attached and name not in self._kept:
+                self._asked.add(name)
+                self._give_back(name)
+
+    def _forget_all_but(self, names: Collection[str]) -> None:
+        for model in [model for name, model in self.attached.items() if name not in names]:
+            self._let_go(model)
+
+    def _give_back(self, name: str) -> None:
+        if self.attached[name] not in self._uses:
+            self._asked.discard(name)
+            self._let_go(self.attached[name])
+
+    def _let_go(self, model: AttachedModel) -> None:
+        """New requests attach anew; those under way end on what they have, and then it is detached."""
+        log.info("letting go", model=model.name, in_use=model in self._uses)
+        if self.attached.get(model.name) is model:
+            del self.attached[model.name]
         if model in self._uses:
             self._leaving.add(model)
         else:
-            await self.on_baton(model.detach)
+            self._spawn(self._detach(model))
 
-    async def on_baton(self, work: Callable[[], T]) -> T:
-        """Run `work` under the engine's baton, in a thread of its own, between other riders' gates."""
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[T] = loop.create_future()
+    async def _detach(self, model: AttachedModel) -> None:
+        if follow := self._fills.pop(model, None):
+            follow.cancel()
+        await on_baton(self._engine, model.detach)
 
-        def settle(rider: Rider) -> None:
-            if done.cancelled():
-                return
-            if rider.error is not None:
-                done.set_exception(rider.error)
-            else:
-                done.set_result(rider.result)  # type: ignore[arg-type] # `work`'s own type
+    def _spawn(self, work: Coroutine[object, object, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
-        def settle_soon(rider: Rider) -> None:
-            loop.call_soon_threadsafe(settle, rider)
+    # ---- what riders stand still for
 
-        self._engine.ride(Rider(lambda rider: work(), settle_soon))
-        return await done
+    def _starved(self, gate: Gate) -> None:
+        """A rider waits for a gate's bytes. Called in its thread, under the baton."""
+        self._loop.call_soon_threadsafe(self._fetch_first, gate)
+
+    def _fetch_first(self, gate: Gate) -> None:
+        model = next((model for model in self.attached.values() if gate in model.gates), None)
+        if model is not None and gate not in self._fetching:
+            self._fetching.add(gate)
+            self._spawn(self._fetch(model, gate))
+
+    async def _fetch(self, model: AttachedModel, gate: Gate) -> None:
+        """Have the loader read what a gate needs before what is only going to be needed."""
+        order = [(gate.component, gate.extents)]
+        try:
+            async with aclosing(self._loader.prepare(model.name, order, PRIORITY_HIGH, self._replica)) as fill:
+                async for _ in fill:
+                    if all(map(gate.arena.is_ready, gate.extents)):
+                        break
+        except HeadwaterError as error:
+            log.debug("a gate's bytes were not fetched", gate=str(gate), reason=str(error))  # `_follow` tells
+        finally:
+            self._fetching.discard(gate)
 
 
-def default_kind(name: str, traits: Traits) -> Kind:
-    return Kind(name, traits.width_px, traits.height_px)
+def is_replaced(model: AttachedModel, theirs: LoaderModel) -> bool:
+    """Whether the loader has other bytes under the model's name, or the same ones in another place."""
+    parts = {part.name: part for part in theirs.components}
+    if not parts:
+        return False  # its files cannot be read now: what is attached is all there is
+    if theirs.config not in ("", model.config.name) or any(c.name not in parts for c in model.components):
+        return True
+    pairs = [(c.arena, parts[c.name]) for c in model.components]
+    return any(
+        arena.identity != part.identity or part.generation not in ("", arena.generation) for arena, part in pairs
+    )
 
 
 def is_mapped(model: AttachedModel, news: PrepareNews) -> bool:

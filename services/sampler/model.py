@@ -50,6 +50,7 @@ class AttachedModel:
         work_bytes: int = 0,
     ) -> None:
         self.name = name
+        self.config = config
         self.pipeline = pipeline
         self.components = components
         self.engine = engine

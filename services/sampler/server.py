@@ -27,6 +27,7 @@ from services.rpc.server import (
 )
 from services.sampler import compiling
 from services.sampler.admission import Admission
+from services.sampler.attaching import Attacher
 from services.sampler.binding import check_libraries
 from services.sampler.budget import GIB
 from services.sampler.compiler import Compiler
@@ -64,9 +65,10 @@ async def serve(config: Config) -> None:
                 graphs = open_graphs(facts)
                 speedups = [speedup for speedup in (compiler, graphs) if speedup is not None]
                 workspace = Workspace(engine, WorkMemory(round(config.work_reserve_gib * GIB)), graphs)
-                library = Library(
+                attacher = Attacher(
                     loader, engine, workspace, config.arena_dir, config.gate_limit_bytes, config.name, speedups
                 )
+                library = Library(loader, engine, attacher, config.name, kept=config.attach)
                 admission = Admission(config.rider_limit, config.queue_limit)
                 sampler = Sampler(library, engine, workspace, admission, tile_rule(config, facts.device))
                 service = SamplerService(sampler, config.name, facts, config.numerics)

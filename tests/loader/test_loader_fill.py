@@ -95,9 +95,9 @@ def test_a_later_callers_order_goes_before_what_nobody_named(bench: Workbench) -
         asyncio.run(use())
 
 
-def test_a_caller_that_leaves_does_not_stop_the_fill(bench: Workbench) -> None:
-    """After the first message nobody listens, and the model becomes READY all the same."""
-    tensors = bench.add_model("toy")
+def test_what_nobody_wants_any_more_is_not_read(bench: Workbench) -> None:
+    """A fill rests within an extent of its last caller's leaving, and the next caller has only the rest read."""
+    tensors = bench.add_model("toy", block_count=20)
 
     async def use() -> None:
         async with LoaderClient(bench.address) as client:
@@ -106,13 +106,71 @@ def test_a_caller_that_leaves_does_not_stop_the_fill(bench: Workbench) -> None:
             assert first.model.state == pb.RESIDENCY_STATE_FILLING
             assert first.model.config
             await stream.aclose()
-            async for news in client.watch("test", ["toy"]):
-                if news.models[0].state == pb.RESIDENCY_STATE_READY:
-                    break
-            assert news.models[0].read_bytes == tensor_bytes(tensors)
+            rested = await at_rest(client)
+            assert ready_bytes(rested) < tensor_bytes(tensors) // 2
+            assert rested.state == pb.RESIDENCY_STATE_FILLING
+
+            assert (await prepared(client, "toy")).read_bytes == tensor_bytes(tensors)
+
+    with bench.loader("--max-fill-rate", "400KB", "--fill-threads", "2"):
+        asyncio.run(use())
+
+
+def test_a_caller_that_leaves_does_not_stop_what_another_wants(bench: Workbench) -> None:
+    """The fill goes on for who is still there."""
+    tensors = bench.add_model("toy")
+
+    async def use() -> None:
+        async with LoaderClient(bench.address) as client:
+            stays = asyncio.create_task(prepared(client, "toy"))
+            leaves = client.prepare("toy", [("transformer", [3])])
+            await anext(leaves)
+            await leaves.aclose()
+            assert (await stays).read_bytes == tensor_bytes(tensors)
 
     with bench.loader("--max-fill-rate", "400KB"):
         asyncio.run(use())
+
+
+def test_what_work_stands_still_for_goes_first_and_hints_last(bench: Workbench) -> None:
+    """Whoever asked first: HIGH before what others named, LOW after everything that anybody asks for."""
+    bench.add_model("a", seed=1)
+    bench.add_model("b", seed=2)
+
+    async def use() -> None:
+        async with LoaderClient(bench.address) as client:
+            hint = client.prepare("a", priority=pb.PRIORITY_LOW)
+            await anext(hint)
+            heard: list[int] = []
+            async for message in client.prepare("b", [("transformer", range(13))]):
+                if message.model.name and not message.done:
+                    stalled = client.prepare("b", [("transformer", [12])], pb.PRIORITY_HIGH)
+                    await anext(stalled)
+                heard += [
+                    extent for part in message.ready if part.component == "transformer" for extent in part.extents
+                ]
+            hinted = await client.get_model("a")
+            await stalled.aclose()
+            await hint.aclose()
+        assert heard.index(12) < 6
+        assert ready_bytes(hinted) < hinted.components[0].size_bytes
+
+    with bench.loader("--max-fill-rate", "300KB", "--fill-threads", "1"):
+        asyncio.run(use())
+
+
+def ready_bytes(model: pb.Model) -> int:
+    return sum(part.ready_bytes for part in model.components)
+
+
+async def at_rest(client: LoaderClient) -> pb.Model:
+    """The model once nothing of it has become READY for a while."""
+    model = await client.get_model("toy")
+    while True:
+        await asyncio.sleep(0.4)  # at the test's rate two threads fill several extents meanwhile
+        before, model = model, await client.get_model("toy")
+        if ready_bytes(before) == ready_bytes(model):
+            return model
 
 
 def test_eager_load_needs_no_caller(bench: Workbench) -> None:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from services.loader.catalog import read_model
 from services.loader.config import ModelEntry
-from services.loader.queue import FillQueue, Urgency
+from services.loader.queue import FillQueue
 from services.loader.records import Resident
+from services.loader.tickets import Ticket, Urgency
 from services.params.arena import ExtentState
 from services.params.header import Header
 from services.params.owned_arena import OwnedArena
@@ -26,25 +27,40 @@ def test_each_extent_is_given_out_once_most_urgent_first(tmp_path: Path) -> None
     other = resident_of(tmp_path / "other")
 
     async def use() -> None:
-        queue = FillQueue()
-        queue.put(resident, range(4), Urgency.EAGER)
-        queue.put(resident, [3, 2], Urgency.PREPARED)
-        queue.put(resident, [2, 1, 2], Urgency.NAMED)
+        queue, wish = FillQueue(), Ticket()
+        queue.put(resident, range(4), Urgency.EAGER, wish)
+        queue.put(resident, [3, 2], Urgency.PREPARED, wish)
+        queue.put(resident, [2, 1, 2], Urgency.NAMED, wish)
         resident.states[1] = ExtentState.READY
         assert [(await queue.take())[1] for _ in range(3)] == [2, 3, 0]
         assert resident.busy == {0, 2, 3}
 
-        queue.put(resident, range(4, 8), Urgency.NAMED)
+        queue.put(resident, range(4, 8), Urgency.NAMED, wish)
         resident.is_gone = True
-        queue.put(other, [5], Urgency.EAGER)
+        queue.put(other, [5], Urgency.EAGER, wish)
         assert await queue.take() == (other, 5)
 
         waiting = asyncio.create_task(queue.take())
         await asyncio.sleep(0)
         assert not waiting.done()
-        queue.put(other, [6], Urgency.EAGER)
+        queue.put(other, [6], Urgency.EAGER, wish)
         assert await waiting == (other, 6)
 
     asyncio.run(use())
     resident.arena.close()
     other.arena.close()
+
+
+def test_what_nobody_wants_any_more_is_passed_over(tmp_path: Path) -> None:
+    """A wish whose caller left gives out nothing; what another wants of the same is given out."""
+    resident = resident_of(tmp_path)
+
+    async def use() -> None:
+        queue, left, stays = FillQueue(), Ticket(), Ticket()
+        queue.put(resident, range(4), Urgency.NAMED, left)
+        queue.put(resident, [2], Urgency.PREPARED, stays)
+        left.release()
+        assert await queue.take() == (resident, 2)
+
+    asyncio.run(use())
+    resident.arena.close()

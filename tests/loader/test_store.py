@@ -75,11 +75,8 @@ def test_a_caller_that_leaves_during_the_reservation(bench: Workbench, monkeypat
             caller.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await caller
-            gate.set()
-            async for views in store.watch("test"):
-                if views[0].state is Residency.READY:
-                    break
             assert len(arenas(bench)) == 2
+            gate.set()
             assert await store.evict("toy") > 0
             assert arenas(bench) == []
 
@@ -127,8 +124,8 @@ def test_extents_are_filled_while_memory_is_reserved(bench: Workbench, monkeypat
     async def use() -> None:
         async with running(bench) as store:
             caller = asyncio.create_task(drain(store.prepare("toy")))
-            async for views in store.watch("test"):
-                if views[0].state is Residency.READY:
+            async for news in store.watch("test"):
+                if news.models[0].state is Residency.READY:
                     break
             assert not caller.done()
             gate.set()
