@@ -234,7 +234,7 @@ class Library:
 
     def _let_go(self, model: AttachedModel) -> None:
         """New requests attach anew; those under way end on what they have, and then it is detached."""
-        log.info("letting go", model=model.name, in_use=model in self._uses)
+        log.info("letting go", model=model.name, uses=self._uses.get(model, 0))
         if self.attached.get(model.name) is model:
             del self.attached[model.name]
         if model in self._uses:

@@ -98,7 +98,8 @@ class SamplerService(sampler_pb2_grpc.SamplerServiceServicer):
     ) -> AsyncGenerator[pb.PrepareModelResponse, None]:
         self._check_serving()
         name = await self._sampler.library.resolve(request.model)
-        async with aclosing(self._sampler.library.prepare(name)) as fill:
+        library = self._sampler.library
+        async with aclosing(library.hint(name) if request.background else library.prepare(name)) as fill:
             async for news in fill:
                 yield prepare_response(name, news)
 

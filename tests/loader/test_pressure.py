@@ -50,6 +50,30 @@ def test_what_nobody_uses_goes_and_the_rest_stays(bench: Workbench, tmp_path: Pa
     asyncio.run(use())
 
 
+def test_what_is_mapped_is_asked_back(bench: Workbench, tmp_path: Path) -> None:
+    """Nobody is made to let go; who does so gives the memory back."""
+    bench.add_model("toy")
+    file = tmp_path / "pressure"
+    file.write_text(SHORT)
+
+    async def use() -> None:
+        async with running(bench) as store:
+            model = (await drain(store.prepare("toy"))).model
+            mapped = [attach_component(bench, model, part.name) for part in model.components]
+            async with relieving(store.give_back, 10, [file], 0.01):
+                async for news in store.watch("test"):
+                    if news.give_back == ["toy"]:
+                        break
+                assert len(arenas(bench)) == 2
+                for arena in mapped:
+                    arena.close()
+                async for _ in store.watch("test"):
+                    if not arenas(bench):
+                        break
+
+    asyncio.run(use())
+
+
 @pytest.mark.parametrize(("limit", "text"), [(0, SHORT), (50, SHORT), (10, "nonsense")])
 def test_nothing_goes_without_a_reason(limit: float, text: str, tmp_path: Path) -> None:
     file = tmp_path / "pressure"

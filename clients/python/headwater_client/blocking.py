@@ -57,9 +57,14 @@ class Client:
         """One model with its defaults; without a name, the only one that is served."""
         return run(self._client.model(name, timeout=timeout))
 
-    def prepare(self, name: str = "", *, timeout: float | None = None) -> Generator[Preparation, None, None]:
-        """Bring a model into the host's memory and see it happen. Closing the iterator does not stop it."""
-        return _iterate(self._client.prepare(name, timeout=timeout))
+    def prepare(
+        self, name: str = "", *, background: bool = False, timeout: float | None = None
+    ) -> Generator[Preparation, None, None]:
+        """Bring a model into the host's memory and see it happen. Closing the iterator does not stop it.
+
+        background: only while nobody waits for anything else, and only as long as the iterator is open.
+        """
+        return _iterate(self._client.prepare(name, background=background, timeout=timeout))
 
     def status(self, *, timeout: float | None = ANSWER_TIMEOUT_S) -> Status:
         """What the replica is doing now."""

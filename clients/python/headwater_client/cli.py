@@ -122,15 +122,16 @@ def models(address: str, as_json: bool) -> None:
 @flags.timeout
 @flags.as_json
 @click.option("--quiet", is_flag=True, help="Errors only.")
+@click.option("--background", is_flag=True, help="Read only while nobody waits for anything else.")
 @flags.address
-def prepare(model: str, address: str, timeout: float | None, as_json: bool, quiet: bool) -> None:
+def prepare(model: str, address: str, timeout: float | None, as_json: bool, quiet: bool, background: bool) -> None:
     """Bring MODEL (default: the only one) into the server's memory, so that the first picture waits for nothing.
 
-    Ctrl-C ends the command, not the reading.
+    Ctrl-C ends the command, not the reading; with --background it ends both.
     """
     last = None
     with Client(address) as client, display.preparing(quiet or as_json) as show:
-        for last in client.prepare(model, timeout=timeout):
+        for last in client.prepare(model, background=background, timeout=timeout):
             show(last)
     if as_json and last is not None:
         tables.show_json(asdict(last))

@@ -91,9 +91,14 @@ class AsyncClient:
         """One model with its defaults; without a name, the only one that is served."""
         return wire.model_details(await self._reply("GetModel", pb.GetModelRequest(model=name), timeout))
 
-    async def prepare(self, name: str = "", *, timeout: float | None = None) -> AsyncGenerator[Preparation, None]:
-        """Bring a model into the host's memory and see it happen. Closing the iterator does not stop it."""
-        request = pb.PrepareModelRequest(model=name)
+    async def prepare(
+        self, name: str = "", *, background: bool = False, timeout: float | None = None
+    ) -> AsyncGenerator[Preparation, None]:
+        """Bring a model into the host's memory and see it happen. Closing the iterator does not stop it.
+
+        background: only while nobody waits for anything else, and only as long as the iterator is open.
+        """
+        request = pb.PrepareModelRequest(model=name, background=background)
         async with aclosing(self._messages("PrepareModel", request, timeout, lambda _: True)) as messages:
             async for message in messages:
                 yield wire.preparation(message)
