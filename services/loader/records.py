@@ -90,6 +90,7 @@ class Resident:
     busy: set[int] = field(default_factory=set)
     user_count: int = 0
     askers: set[str] = field(default_factory=set)
+    filling_since: float | None = None
     last_used: float = field(default_factory=time.monotonic)
 
     @classmethod

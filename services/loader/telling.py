@@ -1,4 +1,4 @@
-"""Says how far fills are: a bar on a terminal, elsewhere a line in the log every few seconds and one at the end."""
+"""Says how far fills are: a bar on a terminal, elsewhere a line in the log every few seconds."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Lines:
 
     def __init__(self) -> None:
         self._meter = RateMeter()
-        self._told_s = self._began_s = time.monotonic()
+        self._told_s = time.monotonic()
 
     def tell(self, now: Filling) -> None:
         self._meter.add(now.ready_bytes)
@@ -54,8 +54,7 @@ class Lines:
                   bytes_per_second=rate, eta_s=round(eta_s or 0, 1))  # fmt: skip
 
     def end(self) -> None:
-        seconds = time.monotonic() - self._began_s
-        _log.info("filled", seconds=round(seconds, 1))
+        """Each component says by itself that it is READY."""
 
 
 class Bar:
@@ -87,9 +86,11 @@ class Bar:
 
 
 @asynccontextmanager
-async def telling(filling: Callable[[], Filling], new_teller: Callable[[], Teller]) -> AsyncIterator[None]:
+async def telling(
+    filling: Callable[[], Filling], new_teller: Callable[[], Teller], look_s: float = LOOK_S
+) -> AsyncIterator[None]:
     """Tell of fills inside the block; each burst has a teller of its own."""
-    task = asyncio.create_task(_tell(filling, new_teller))
+    task = asyncio.create_task(_tell(filling, new_teller, look_s))
     try:
         yield
     finally:
@@ -98,7 +99,7 @@ async def telling(filling: Callable[[], Filling], new_teller: Callable[[], Telle
             await task
 
 
-async def _tell(filling: Callable[[], Filling], new_teller: Callable[[], Teller]) -> None:
+async def _tell(filling: Callable[[], Filling], new_teller: Callable[[], Teller], look_s: float) -> None:
     teller: Teller | None = None
     try:
         while True:
@@ -109,7 +110,7 @@ async def _tell(filling: Callable[[], Filling], new_teller: Callable[[], Teller]
             elif teller:
                 teller.end()
                 teller = None
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(look_s)
     finally:
         if teller:
             teller.end()

@@ -1,5 +1,6 @@
 """What a worker does with the next extent: fill it, or verify what a dead loader left. Runs on the event loop."""
 
+import time
 from collections import Counter
 
 import structlog
@@ -43,11 +44,13 @@ async def _verify(resident: Resident, extent: int, filler: Filler) -> bool:
 
 async def _fill(resident: Resident, extent: int, filler: Filler) -> int:
     _set(resident, extent, ExtentState.FILLING)
+    resident.filling_since = resident.filling_since or time.monotonic()
     count = await filler.fill(resident.arena, resident.source.checkpoint, resident.specs, extent)
     resident.states[extent] = ExtentState.READY
     if resident.is_ready:
         filler.forget(resident.source.checkpoint)
-        _log.info("ready", component=resident.source.name, size_bytes=resident.ready_bytes)
+        seconds = round(time.monotonic() - resident.filling_since, 1)
+        _log.info("ready", component=resident.source.name, size_bytes=resident.ready_bytes, seconds=seconds)
     return count
 
 
