@@ -5,6 +5,7 @@
     |-- UnknownModel          no such model
     |-- DuplicateRequest      a request with this id is in flight
     |-- NotServed             part of the protocol, not served by this server
+    |-- NotAllowed            the caller is none of those who may call
     |-- QueueFull             try again later
     |-- ShuttingDown          try again elsewhere
     |-- LoaderGone            the loader does not answer
@@ -46,6 +47,10 @@ class DuplicateRequest(HeadwaterError):
 
 class NotServed(HeadwaterError):
     """A feature of the protocol that this server does not serve."""
+
+
+class NotAllowed(HeadwaterError):
+    """Who calls is none of the users that may."""
 
 
 class QueueFull(HeadwaterError):

@@ -2,7 +2,9 @@
 
 import asyncio
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
 
 import grpc
 import structlog
@@ -18,7 +20,19 @@ from services.loader.service import SERVICE, LoaderService
 from services.loader.store import ParamStore
 from services.loader.telling import teller_for, telling
 from services.rpc import logs
-from services.rpc.server import SERVING, add_health, add_reflection, bind, build_server, release, run_until_signal
+from services.rpc.door import Door, Guard
+from services.rpc.server import (
+    SERVING,
+    add_health,
+    add_reflection,
+    bind,
+    bind_door,
+    build_server,
+    release,
+    run_until_signal,
+)
+
+INNER_SOCKET = ".loader.sock"
 
 _log = structlog.get_logger()
 
@@ -44,14 +58,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 async def _serve(config: Config) -> None:
     directory = ArenaDir.open(config.arena_dir, config.allow_disk)
-    address = ""
     try:
-        server = build_server()
-        address = bind(server, config.listen)
-        await _run(config, server, address, directory)
+        server = build_server(admit=Guard(config.allowed_users))
+        async with _listening(server, config.listen, config.arena_dir / INNER_SOCKET) as address:
+            await _run(config, server, address, directory)
     finally:
-        release(address)
         directory.close()
+
+
+@asynccontextmanager
+async def _listening(server: grpc.aio.Server, address: str, inner: Path) -> AsyncIterator[str]:
+    """Be reached at `address`, by a door if it is a Unix socket: the server itself listens at `inner` then."""
+    socket = bind_door(address)
+    if socket is None:
+        yield bind(server, address)
+        return
+    door = Door(inner)
+    try:
+        bind(server, f"unix:{inner}")
+        await door.open(socket)
+        yield address
+    finally:
+        await door.close()
+        release(f"unix:{inner}")
+        release(address)
 
 
 async def _run(config: Config, server: grpc.aio.Server, address: str, directory: ArenaDir) -> None:

@@ -40,6 +40,7 @@ class Config:
     models: tuple[ModelEntry, ...]
     models_file: Path
     listen: str
+    allowed_users: tuple[int, ...]
     arena_dir: Path
     allow_disk: bool
     eager_load: bool
@@ -72,7 +73,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Config | Upkeep:
     if missing := [f"--{name}" for name in ("models", "listen") if args[name] is None]:
         parser.error(f"the following arguments are required: {', '.join(missing)}")
     file = args.pop("models")
-    return Config(models=read_models(file), models_file=file, **args)
+    return Config(models=read_models(file), models_file=file, allowed_users=tuple(args.pop("allow_uid")), **args)
 
 
 def read_models(path: Path) -> tuple[ModelEntry, ...]:
@@ -158,6 +159,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--models", type=Path, help="models.toml: a table [models.NAME] with folder = ... for each model")
     add("--listen", metavar="ADDRESS", help="unix:/path (mode 0660) or host:port")
+    add("--allow-uid", type=int, action="append", default=[], metavar="UID",
+        help="let this user call over the socket too; may be repeated (always: the loader's own, root)")  # fmt: skip
     task = parser.add_mutually_exclusive_group()
     for name, text in (("check", "compare all that is filled with its digests"), ("clean", "remove what nobody owns")):
         task.add_argument(f"--{name}", dest="task", action="store_const", const=name, help=f"{text}, and do not serve")

@@ -39,10 +39,15 @@ _MAX_SOCKET_PATH_BYTES = 107
 _log = structlog.get_logger()
 
 
-def build_server(max_receive_bytes: int = MAX_RECEIVE_BYTES) -> grpc.aio.Server:
-    """A server that maps exceptions to statuses, notices dead peers in 15 s, and shares its port with nobody."""
+def build_server(
+    max_receive_bytes: int = MAX_RECEIVE_BYTES, admit: Callable[[str], None] = lambda peer: None
+) -> grpc.aio.Server:
+    """A server that maps exceptions to statuses, notices dead peers in 15 s, and shares its port with nobody.
+
+    admit: see StatusInterceptor.
+    """
     return grpc.aio.server(
-        interceptors=[StatusInterceptor()],
+        interceptors=[StatusInterceptor(admit)],
         options=[
             ("grpc.so_reuseport", 0),
             ("grpc.max_receive_message_length", max_receive_bytes),
@@ -84,6 +89,28 @@ def bind(server: grpc.aio.Server, address: str) -> str:
     """
     if not address.startswith(_UNIX):
         return _bind_port(server, address)
+    with _socket_file(address):
+        _add_port(server, address)
+    return address
+
+
+def bind_door(address: str) -> socket.socket | None:
+    """A socket bound to `unix:/path` as `bind` does it, for a Door to listen on; None for other addresses."""
+    if not address.startswith(_UNIX):
+        return None
+    listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with _socket_file(address) as path:
+            listening.bind(os.fspath(path))
+    except BaseException:
+        listening.close()
+        raise
+    return listening
+
+
+@contextmanager
+def _socket_file(address: str) -> Iterator[Path]:
+    """Where a socket may be bound inside the block: it gets mode 0660. Raises OSError."""
     path = Path(address.removeprefix(_UNIX))
     if len(os.fsencode(path)) > _MAX_SOCKET_PATH_BYTES:
         raise OSError(errno.ENAMETOOLONG, f"a socket's path has at most {_MAX_SOCKET_PATH_BYTES} bytes: {path}")
@@ -92,11 +119,10 @@ def bind(server: grpc.aio.Server, address: str) -> str:
     _clear_stale(path)
     before = os.umask(0o117)
     try:
-        _add_port(server, address)
+        yield path
     finally:
         os.umask(before)
     path.chmod(0o660)
-    return address
 
 
 async def run_until_signal(

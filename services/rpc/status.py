@@ -29,6 +29,7 @@ TABLE: dict[type[errors.HeadwaterError], tuple[grpc.StatusCode, str]] = {
     errors.UnknownModel: (_Code.NOT_FOUND, "UNKNOWN_MODEL"),
     errors.DuplicateRequest: (_Code.ALREADY_EXISTS, "DUPLICATE_REQUEST"),
     errors.NotServed: (_Code.UNIMPLEMENTED, "NOT_SERVED"),
+    errors.NotAllowed: (_Code.PERMISSION_DENIED, "NOT_ALLOWED"),
     errors.QueueFull: (_Code.RESOURCE_EXHAUSTED, "QUEUE_FULL"),
     errors.ShuttingDown: (_Code.UNAVAILABLE, "SHUTTING_DOWN"),
     errors.LoaderGone: (_Code.UNAVAILABLE, "LOADER_GONE"),
@@ -98,7 +99,13 @@ class _Undecodable:
 
 
 class StatusInterceptor(grpc.aio.ServerInterceptor):
-    """Maps what handlers raise and logs one line for each call; never a field of a request."""
+    """Maps what handlers raise and logs one line for each call; never a field of a request.
+
+    admit: called with who calls (`context.peer()`) before anything else; raises for who may not.
+    """
+
+    def __init__(self, admit: Callable[[str], None] = lambda peer: None) -> None:
+        self._admit = admit
 
     async def intercept_service(
         self,
@@ -111,8 +118,30 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
         method = str(handler_call_details.method)
         codec = _decoder(handler.request_deserializer), handler.response_serializer
         if handler.response_streaming:
-            return grpc.unary_stream_rpc_method_handler(_stream(handler.unary_stream, method), *codec)
-        return grpc.unary_unary_rpc_method_handler(_unary(handler.unary_unary, method), *codec)
+            return grpc.unary_stream_rpc_method_handler(self._stream(handler.unary_stream, method), *codec)
+        return grpc.unary_unary_rpc_method_handler(self._unary(handler.unary_unary, method), *codec)
+
+    def _unary(self, behavior: Callable[..., Awaitable[Any]], method: str) -> Callable[..., Awaitable[Any]]:
+        async def answer(request: Any, context: Any) -> Any:
+            async with _answering(method, context):
+                self._admit(context.peer())
+                _check_decoded(request)
+                return await behavior(request, context)
+
+        return answer
+
+    def _stream(self, behavior: Callable[..., Any], method: str) -> Callable[..., Any]:
+        if not inspect.isasyncgenfunction(behavior):  # writes by itself, as health's Watch does
+            return self._unary(behavior, method)
+
+        async def answer(request: Any, context: Any) -> AsyncIterator[Any]:
+            async with _answering(method, context), aclosing(behavior(request, context)) as responses:
+                self._admit(context.peer())
+                _check_decoded(request)
+                async for response in responses:
+                    yield response
+
+        return answer
 
 
 def _decoder(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
@@ -128,28 +157,6 @@ def _decoder(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
 def _check_decoded(request: object) -> None:
     if isinstance(request, _Undecodable):
         raise errors.InvalidRequest(("request", "these bytes are no message of the method's request type"))
-
-
-def _unary(behavior: Callable[..., Awaitable[Any]], method: str) -> Callable[..., Awaitable[Any]]:
-    async def answer(request: Any, context: Any) -> Any:
-        async with _answering(method, context):
-            _check_decoded(request)
-            return await behavior(request, context)
-
-    return answer
-
-
-def _stream(behavior: Callable[..., Any], method: str) -> Callable[..., Any]:
-    if not inspect.isasyncgenfunction(behavior):  # writes by itself, as health's Watch does
-        return _unary(behavior, method)
-
-    async def answer(request: Any, context: Any) -> AsyncIterator[Any]:
-        async with _answering(method, context), aclosing(behavior(request, context)) as responses:
-            _check_decoded(request)
-            async for response in responses:
-                yield response
-
-    return answer
 
 
 @asynccontextmanager
