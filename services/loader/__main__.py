@@ -32,8 +32,6 @@ from services.rpc.server import (
     run_until_signal,
 )
 
-INNER_SOCKET = ".loader.sock"
-
 _log = structlog.get_logger()
 
 
@@ -60,7 +58,7 @@ async def _serve(config: Config) -> None:
     directory = ArenaDir.open(config.arena_dir, config.allow_disk)
     try:
         server = build_server(admit=Guard(config.allowed_users))
-        async with _listening(server, config.listen, config.arena_dir / INNER_SOCKET) as address:
+        async with _listening(server, config.listen, directory.socket) as address:
             await _run(config, server, address, directory)
     finally:
         directory.close()

@@ -21,6 +21,7 @@ from services.params.header import Header
 from services.params.owned_arena import OwnedArena
 
 LOCK_NAME = "loader.lock"
+SOCKET_NAME = ".loader.sock"
 _MADE = b"a loader made this folder\n"
 ARENA_SUFFIX = ".arena"
 _CONFIG_PREFIX = "config-"
@@ -52,6 +53,11 @@ class ArenaDir:
             return cls(path, lock, _note_maker(lock, is_ours))
         except OSError as error:
             raise ConfigError(f"cannot use the arena folder {path}: {error.strerror}") from error
+
+    @property
+    def socket(self) -> Path:
+        """Where the loader's server listens behind its door: nobody else may enter this folder."""
+        return self.path / SOCKET_NAME
 
     def free_bytes(self) -> int:
         """What new arenas can have: room on the tmpfs, but never more than the host has memory for."""
@@ -146,6 +152,7 @@ class ArenaDir:
     def close(self) -> None:
         """Remove the config folders and, if no arena stays, the lock; the folder too, if a loader made it."""
         self.remove_configs_except(set())
+        self.socket.unlink(missing_ok=True)
         if not any(self.path.glob(f"*{ARENA_SUFFIX}")):  # else the lock says whose they are
             (self.path / LOCK_NAME).unlink(missing_ok=True)
         os.close(self._lock)
