@@ -2,9 +2,9 @@
 
     python bench/fill.py --model sdxl --folder /tmp/sdxl
 
-A plain read puts each byte into anonymous memory once, with threads enough to be fast: into memory for all of them, as
-who loads them must have it, and from disk also into buffers that are given back at once. A fill is a loader's eager
-load, from when it serves until all is READY. They alternate, for disks are not even; ratios are of neighbours.
+A plain read puts each byte into anonymous memory once, with threads enough to be fast, and keeps it, as who loads them
+must. A fill is a loader's eager load, from when it serves until all is READY. They alternate, for disks are not even: a
+fill's rate is taken by the mean of the plain reads before and after it.
 Memory is the arenas, the files' pages in the page cache and the loader's own, looked at all the while.
 """
 
@@ -31,6 +31,7 @@ from bench.shapes import MODELS
 from tests.sampler.inprocess import prepared
 from tests.stack import Process, Stack, running
 
+WAYS = ("disk", "page cache")
 ALLOWED_FACTOR, ALLOWED_BYTES = 1.05, 200 << 20
 
 
@@ -85,47 +86,40 @@ def fill(folder: Path, size: int, *flags: str) -> Figures:
 
 
 def rounds(folder: Path, options: argparse.Namespace) -> list[Figures]:
-    """A row for each way and round: a plain read, then a fill."""
+    """A row for each way and round: a fill between two plain reads, one of which is the next fill's too."""
     files = weights(folder)
     size = sum(file.stat().st_size for file in files)
-    flags = ("--fill-threads", str(options.threads))
     rows: list[Figures] = []
-    for number in range(options.rounds):
-        for way in ("disk", "page cache"):
-            cached = way == "page cache"
+    for way in options.ways:
+        is_cached = way == "page cache"
 
-            def ready(cached: bool = cached) -> None:
-                warm_up(files) if cached else drop_page_cache(folder)
+        def ready(is_cached: bool = is_cached) -> None:
+            warm_up(files) if is_cached else drop_page_cache(folder)
 
+        def plain(is_cached: bool = is_cached) -> float:
             ready()
-            buffers = None if cached else disk_rate(files)
+            return disk_rate(files, around_cache=not is_cached, keep=True) / 1e9
+
+        before = plain()
+        for number in range(options.rounds):
             ready()
-            plain = disk_rate(files, around_cache=not cached, keep=True)
-            ready()
-            filled = fill(folder, size, *flags)
-            rate = float(str(filled["fill_gb_s"])) * 1e9
-            rows.append(
-                {
-                    "from": way,
-                    "round": number,
-                    "buffers_gb_s": buffers and buffers / 1e9,
-                    "plain_gb_s": plain / 1e9,
-                    **filled,
-                    "fill_to_buffers": buffers and rate / buffers,
-                    "fill_to_plain": rate / plain,
-                }
-            )
+            filled = fill(folder, size, "--fill-threads", str(options.threads))
+            after = plain()
+            ratio = 2 * float(str(filled["fill_gb_s"])) / (before + after)
+            told = {"from": way, "round": number, "plain_before_gb_s": before, "plain_after_gb_s": after}
+            rows.append({**told, **filled, "fill_to_plain": ratio})
+            before = after
     return rows
 
 
 def claims(rows: Sequence[Figures]) -> Figures:
     """The medians, and whether memory was always within the limit."""
 
-    def median(way: str, ratio: str = "fill_to_plain") -> float:
-        return statistics.median(float(str(row[ratio])) for row in rows if row["from"] == way)
+    def median(way: str) -> float | None:
+        ratios = [float(str(row["fill_to_plain"])) for row in rows if row["from"] == way]
+        return statistics.median(ratios) if ratios else None
 
     return {
-        "disk_fill_to_buffers": median("disk", "fill_to_buffers"),
         "disk_fill_to_plain": median("disk"),
         "page_cache_fill_to_plain": median("page cache"),
         "memory_within_limit": all(row["within_limit"] is True for row in rows if row["from"] == "disk"),
@@ -138,6 +132,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, help="written by bench/checkpoint.py; made if it is not there")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the code")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="where the bytes come from")
     parser.add_argument("--threads", type=int, default=8, help="the loader's --fill-threads")
     options = parser.parse_args(arguments)
     with checkpoint.there(options.model, options.folder, options.tiny) as (folder, _):
