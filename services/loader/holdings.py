@@ -92,22 +92,22 @@ class Holdings:
         return residents
 
     async def begin(self, record: ModelRecord, may_evict: bool) -> list[Resident]:
-        """Arenas for what is missing of a model, to be filled from now on; `reserve` has to follow."""
-        assert record.source
-        new = await self.admission.begin(record.components, may_evict)
+        """Arenas for what is missing of a model, to be filled from now on; `complete` has to follow."""
         try:
-            record.config = await self._publish(record, record.source)
-        except HeadwaterError:
-            await self.admission.drop(new, even_if_leased=True)
-            raise
+            return await self.admission.begin(record.components, may_evict)
         finally:
             self._tidy()
-        return new
 
-    async def reserve(self, new: Sequence[Resident]) -> None:
-        """Reserve memory while the disk is read already. If there is too little, nothing of `new` stays."""
+    async def complete(self, record: ModelRecord, new: Sequence[Resident]) -> None:
+        """What samplers need beside data, while the disk is read already: all memory, and the config folder.
+
+        If either cannot be had, nothing of `new` stays.
+        """
+        assert record.source
         try:
+            published = asyncio.create_task(self._publish(record, record.source))
             await self.admission.reserve(new)
+            record.config = await published
         except Exception as error:
             for resident in new:
                 resident.error = error  # nobody begins with another extent of it

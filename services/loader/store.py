@@ -190,14 +190,14 @@ class ParamStore:
         if is_changed or not self._holdings.is_whole(record):
             await self._holdings.read_again(record)
         check_order(record, order)
-        new: list[Resident] = []
-        if not self._holdings.is_whole(record):
-            new = await self._holdings.begin(record, ticket.priority.may_evict)
+        is_whole = self._holdings.is_whole(record)
+        new = [] if is_whole else await self._holdings.begin(record, ticket.priority.may_evict)
         parts = self._holdings.parts(record)
         ticket.hold(parts)
         record.is_wanted = True
         self._queue.put_all(parts, order, ticket)
-        await self._holdings.reserve(new)
+        if not is_whole:
+            await self._holdings.complete(record, new)
         self._changes.notify()
 
     def _ask_back(self, leased: Resident) -> None:

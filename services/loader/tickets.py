@@ -72,6 +72,7 @@ class Ticket:
         self.is_open = False
         for _, resident in self.parts:
             resident.user_count -= 1
+            resident.last_used = time.monotonic()  # a sampler may be about to map it
 
 
 def check_order(record: ModelRecord, order: Order) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,6 +19,8 @@ from services.sampler.riders import Rider
 from services.sampler.traits import Traits, traits_of
 from services.sampler.work import Kind
 from services.sampler.workspace import Workspace
+
+ATTEMPTS = 3  # room is short where a model goes before it is mapped
 
 T = TypeVar("T")
 
@@ -50,22 +52,33 @@ class Attacher:
 
         Raises what the loader answers, and what building a pipeline raises.
         """
-        async with aclosing(self._loader.prepare(name, replica=self._replica)) as fill:
-            async for first in fill:
-                yield await self._attach(first.model, others)
+        for attempt in range(ATTEMPTS):
+            async with aclosing(self._loader.prepare(name, replica=self._replica)) as fill:
+                first = await anext(fill, None)
+                if first is None:
+                    raise LoaderGone("the loader ended the call without a word")
+                try:
+                    arenas = self._lease(first.model)
+                except LoaderGone:  # evicted between the answer and the lease
+                    if attempt + 1 == ATTEMPTS:
+                        raise
+                    continue
+                yield await self._build_or_let_go(first.model, arenas, others)
                 return
-        raise LoaderGone("the loader ended the call without a word")
 
-    async def _attach(self, reserved: LoaderModel, others: Iterable[AttachedModel]) -> AttachedModel:
+    def _lease(self, reserved: LoaderModel) -> dict[str, AttachedArena]:
+        """All of a model's arenas, mapped, or none."""
         arenas: dict[str, AttachedArena] = {}
-        try:
+        with _closing_on_error(arenas):
             for component in reserved.components:
                 arenas[component.name] = attach(self._arena_dir / component.arena, component.generation)
+        return arenas
+
+    async def _build_or_let_go(
+        self, reserved: LoaderModel, arenas: dict[str, AttachedArena], others: Iterable[AttachedModel]
+    ) -> AttachedModel:
+        with _closing_on_error(arenas):
             return await self._build(reserved.name, self._arena_dir / reserved.config, arenas, others)
-        except BaseException:
-            for arena in arenas.values():
-                arena.close()
-            raise
 
     async def _build(
         self, name: str, config: Path, arenas: dict[str, AttachedArena], others: Iterable[AttachedModel]
@@ -89,6 +102,16 @@ class Attacher:
             )
 
         return await on_baton(self._engine, attached)
+
+
+@contextmanager
+def _closing_on_error(arenas: dict[str, AttachedArena]) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        for arena in arenas.values():
+            arena.close()
+        raise
 
 
 def default_kind(name: str, traits: Traits) -> Kind:

@@ -127,6 +127,7 @@ def test_what_is_being_drawn_or_was_asked_to_stay_is_not_given_back(own: Stack) 
         next(event for event in events if isinstance(event, Progress) and event.step >= 2)
         with pytest.raises(MemoryFull, match="tiny/transformer in use by busy"):
             client.generate(PROMPT, model="flux", steps=2, timeout=60)
+        assert next(model for model in client.models() if model.name == "tiny").attached  # and serves new requests
         events.close()
         idle(busy.addresses[0])
         assert client.generate(PROMPT, model="flux", steps=2, timeout=60).images
