@@ -238,6 +238,12 @@ def test_loader(run: Any) -> None:
     assert figures["idle_own_mib"] > 0
 
 
+def test_budget(run: Any) -> None:
+    figures = run("budget", "--seconds", "1.5")
+    assert figures["budget_kept"] is figures["leases_kept"] is figures["bytes_right"] is True
+    assert figures["prepares"] > 3
+
+
 def test_soak(folder: Path, run: Any) -> None:
     figures = run("soak", "--folder", folder, "--count", "24")
     assert figures["rerun_bit_equal"] is True
