@@ -16,7 +16,8 @@ from services.loader.arenas import ArenaDir
 from services.loader.catalog import ComponentSource, read_model
 from services.loader.config import ModelEntry
 from services.params.arena import ExtentState, attach
-from services.params.header import Header
+from services.params.header import DIGEST_BYTES, Header
+from services.params.layout import PAGE
 from services.params.owned_arena import OwnedArena
 from services.rpc.loader_client import LoaderClient
 from tests.loader.support import (
@@ -132,8 +133,11 @@ def ours(bench: Workbench, boot: str = "") -> Path:
 def of_another_version(bench: Workbench) -> Path:
     path = ours(bench)
     with path.open("r+b") as file:
-        file.seek(8)
-        file.write(b"\2")
+        page = bytearray(file.read(PAGE))
+        page[8] += 1
+        page[-DIGEST_BYTES:] = xxhash.xxh3_128_digest(page[:-DIGEST_BYTES])
+        file.seek(0)
+        file.write(page)
     return path
 
 
