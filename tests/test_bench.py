@@ -238,6 +238,33 @@ def test_loader(run: Any) -> None:
     assert figures["idle_own_mib"] > 0
 
 
+def test_budget(run: Any) -> None:
+    figures = run("budget", "--seconds", "1.5")
+    assert figures["budget_kept"] is figures["leases_kept"] is figures["bytes_right"] is True
+    assert figures["prepares"] > 3
+
+
+def test_evict(run: Any) -> None:
+    figures = run("evict")
+    assert figures["locked"]["refused"] is True
+    assert figures["without_lease"]["same_bytes"] is True
+    for row in (figures["idle"]["after_eviction"], figures["without_lease"]["after_unmapping"]):
+        assert row.keys() == {"memory", "tmpfs"}
+
+
+def test_flag_check(run: Any) -> None:
+    figures = run("flag_check")
+    for key in ("empty_ns", "extent_ns", "gate_ns", "gate_first_ns"):
+        assert figures[key] > 0
+
+
+def test_abuse(run: Any) -> None:
+    figures = run("abuse")
+    assert figures["all_refused"] is True
+    assert figures["over_memory"] == []
+    assert len(figures["slowest"]) == len(figures["largest"]) == 5
+
+
 def test_soak(folder: Path, run: Any) -> None:
     figures = run("soak", "--folder", folder, "--count", "24")
     assert figures["rerun_bit_equal"] is True

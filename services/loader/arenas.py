@@ -117,7 +117,9 @@ class ArenaDir:
             _log.warning("not an arena of this version", arena=path.name, reason=str(error))
             return None
         source = known.get(arena.header.identity)
-        if source and arena.header.boot_id == self._boot_id and arena.header.layout == source.layout:
+        if arena.user_id != os.geteuid():
+            _log.warning("an arena of another user is not believed", arena=path.name, user_id=arena.user_id)
+        elif source and arena.header.boot_id == self._boot_id and arena.header.layout == source.layout:
             return arena
         arena.close()
         return None

@@ -73,6 +73,11 @@ class OwnedArena:
         for extent, state in enumerate(self.states()):
             self._set_state(extent, ExtentState.VERIFYING if state in kept else ExtentState.ABSENT)
 
+    @property
+    def user_id(self) -> int:
+        """Whose file it is: in a folder that others may write to, it need not be a loader's."""
+        return os.fstat(self._fd).st_uid
+
     def states(self) -> list[ExtentState]:
         count = len(self.header.layout.extents)
         return [ExtentState(state) for state in os.pread(self._fd, count, self._regions.states)]

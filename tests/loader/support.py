@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from headwater.loader.v1 import loader_pb2 as pb
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
@@ -120,6 +121,14 @@ class Workbench:
                 process.kill()
             process.wait()
 
+    @contextmanager
+    def loader_on_tmpfs(self, size: str, *flags: str) -> Iterator[Path]:
+        """A loader whose arena folder is a tmpfs that nobody else sees; the folder, by way of its process."""
+        self.arena_dir.mkdir(exist_ok=True)
+        mount = f'mount -t tmpfs -o size={size} tmpfs {self.arena_dir} && exec "$@"'
+        with self.loader(*flags, prefix=("unshare", "-m", "sh", "-c", mount, "sh")) as process:
+            yield Path(f"/proc/{process.pid}/root{self.arena_dir}")
+
     def start(self, *flags: str, prefix: tuple[str, ...] = ()) -> subprocess.Popen[str]:
         arguments = ["--models", str(self.write_models()), "--listen", self.address, "--arena-dir", str(self.arena_dir)]
         command = [*prefix, sys.executable, "-m", "services.loader", *arguments, "--extent-bytes", "16KiB", *flags]
@@ -160,9 +169,13 @@ def workbench(disk: Path) -> Iterator[Workbench]:
         shutil.rmtree(memory, ignore_errors=True)
 
 
+def component(model: pb.Model, name: str) -> pb.Component:
+    return next(part for part in model.components if part.name == name)
+
+
 def attach_component(bench: Workbench, model: pb.Model, name: str) -> AttachedArena:
-    component = next(component for component in model.components if component.name == name)
-    return attach(bench.arena_dir / component.arena, component.generation)
+    part = component(model, name)
+    return attach(bench.arena_dir / part.arena, part.generation)
 
 
 def assert_holds(arena: AttachedArena, tensors: Tensors) -> None:
@@ -172,6 +185,14 @@ def assert_holds(arena: AttachedArena, tensors: Tensors) -> None:
         assert arena.is_ready(placed.extent)
         held = arena.data[placed.offset : placed.offset + placed.size_bytes]
         assert held == tensors[placed.name].tobytes(), placed.name
+
+
+def can_mount() -> bool:
+    probe = ["unshare", "-m", "mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", "/mnt"]
+    return bool(shutil.which("unshare")) and subprocess.run(probe, capture_output=True, check=False).returncode == 0
+
+
+needs_mount = pytest.mark.skipif(not can_mount(), reason="needs the right to mount a tmpfs")
 
 
 async def prepared(client: LoaderClient, name: str, order: Iterable[tuple[str, Sequence[int]]] = ()) -> pb.Model:

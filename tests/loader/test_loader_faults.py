@@ -2,9 +2,7 @@
 
 import asyncio
 import os
-import shutil
 import struct
-import subprocess
 from collections.abc import Awaitable
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from safetensors.numpy import load_file
 
 from services import errors
 from services.rpc.loader_client import LoaderClient
-from tests.loader.support import Workbench, assert_holds, attach_component, prepared, tensor_bytes
+from tests.loader.support import Workbench, assert_holds, attach_component, needs_mount, prepared, tensor_bytes
 
 
 async def refused(work: Awaitable[Any], kind: type[errors.HeadwaterError], words: str) -> str:
@@ -28,18 +26,11 @@ async def refused(work: Awaitable[Any], kind: type[errors.HeadwaterError], words
     return text
 
 
-def can_mount() -> bool:
-    probe = ["unshare", "-m", "mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", "/mnt"]
-    return bool(shutil.which("unshare")) and subprocess.run(probe, capture_output=True, check=False).returncode == 0
-
-
-@pytest.mark.skipif(not can_mount(), reason="needs the right to mount a tmpfs")
+@needs_mount
 def test_a_full_tmpfs_is_a_status_and_leaves_nothing(bench: Workbench) -> None:
     """RESOURCE_EXHAUSTED with the numbers; what does fit is served afterwards."""
     bench.add_model("large", block_count=40)
     small = bench.add_model("small", seed=2)
-    bench.arena_dir.mkdir()
-    mount = f'mount -t tmpfs -o size=400k tmpfs {bench.arena_dir} && exec "$@"'
 
     async def use(inside: Path) -> None:
         async with LoaderClient(bench.address) as client:
@@ -52,8 +43,8 @@ def test_a_full_tmpfs_is_a_status_and_leaves_nothing(bench: Workbench) -> None:
             model = await prepared(client, "small")
             assert model.read_bytes == tensor_bytes(small)
 
-    with bench.loader(prefix=("unshare", "-m", "sh", "-c", mount, "sh")) as process:
-        asyncio.run(use(Path(f"/proc/{process.pid}/root{bench.arena_dir}")))
+    with bench.loader_on_tmpfs("400k") as inside:
+        asyncio.run(use(inside))
 
 
 def test_the_budget_evicts_the_least_recently_used(bench: Workbench) -> None:

@@ -4,7 +4,6 @@ import fcntl
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,16 +26,6 @@ GENERATION = "ab" * 16
 def make_header(count: int = 5, size: int = 3000, extent_bytes: int = 8192) -> Header:
     specs = [TensorSpec(f"t.{n}", "U8", (size,), 0, 0, size) for n in range(count)]
     return Header("transformer", GENERATION, "cd" * 16, "ef" * 16, place(specs, extent_bytes))
-
-
-@pytest.fixture
-def memory() -> Iterator[Path]:
-    folder = Path(f"/dev/shm/headwater-test-{os.getpid()}-{time.monotonic_ns()}")
-    folder.mkdir(mode=0o700)
-    yield folder
-    for path in folder.iterdir():
-        path.unlink()
-    folder.rmdir()
 
 
 @pytest.fixture
