@@ -28,6 +28,8 @@ def parse_header(raw: bytes, name: str, file_bytes: int, number: int = 0) -> lis
 
     They tile the rest of the file: no hole, no overlap, no byte left over.
     """
+    if raw.count(b'"data_offsets"') > MAX_TENSORS + 1:  # one may be the name of a tensor; no need to parse the rest
+        raise BadCheckpoint(f"{name}: more than {MAX_TENSORS} tensors")
     table = load_json(raw, name)
     metadata = table.pop("__metadata__", {})
     if not is_text_map(metadata) or sum(len(k) + len(v) for k, v in metadata.items()) > MAX_METADATA_BYTES:

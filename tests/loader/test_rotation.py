@@ -9,7 +9,7 @@ from tests.loader.support import Workbench
 
 
 def test_three_models_share_a_budget_for_two(bench: Workbench) -> None:
-    """Never more than the budget, nothing leased goes, no wrong byte; who is refused is served later."""
+    """Never more than the budget, nothing leased goes, no wrong byte; who finds no room waits until another lets go."""
     seed = random.randrange(1 << 16)
     print("seed", seed)
     seen = rotate(bench, seconds=4, seed=seed)
@@ -21,4 +21,3 @@ def test_three_models_share_a_budget_for_two(bench: Workbench) -> None:
     assert seen["peak_bytes"] > seen["budget_bytes"] // 2  # the watch sees what is there
     assert seen["prepares"] > 9
     assert seen["evictions"] > 2
-    assert seen["refused"] > 0
