@@ -158,7 +158,7 @@ class OwnedArena:
 def _check_room(fd: int, size: int) -> None:
     room = os.fstatvfs(fd)
     have = room.f_bavail * room.f_frsize
-    if size > have:
+    if room.f_blocks and size > have:  # a tmpfs without a size counts no blocks
         raise HostMemoryFull(
             f"the arena directory has no room: {size / 2**20:.1f} MiB needed, {have / 2**20:.1f} MiB free"
         )
