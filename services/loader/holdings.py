@@ -50,6 +50,11 @@ class Holdings:
         here = self.admission.residents
         return [(part.name, here[part.identity]) for part in record.components if part.identity in here]
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of arenas that each model takes, by name; of those whose headers could be read."""
+        known = (record for record in self.models if record.source)
+        return {record.entry.name: self._directory.arena_bytes(record.components) for record in known}
+
     def view(self, record: ModelRecord) -> ModelView:
         return view_of(record, dict(self.parts(record)), self.read_bytes)
 
