@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def _serve(config: Config) -> None:
-    directory = ArenaDir.open(config.arena_dir, config.allow_disk)
+    directory = ArenaDir.open(config.arena_dir, config.allow_disk, config.numa)
     try:
         server = build_server(admit=Guard(config.allowed_users))
         async with _listening(server, config.listen, directory.socket) as address:

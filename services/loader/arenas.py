@@ -22,6 +22,7 @@ from services.loader.ownership import check_own, missing_rights
 from services.params.arena import discard
 from services.params.header import Header
 from services.params.owned_arena import OwnedArena
+from services.params.placement import Placement
 
 LOCK_NAME = "loader.lock"
 SOCKET_NAME = ".loader.sock"
@@ -35,16 +36,20 @@ _log = structlog.get_logger()
 class ArenaDir:
     """A locked arena folder; use `open`, and `close` when the loader stops for good."""
 
-    def __init__(self, path: Path, lock: int, is_ours: bool) -> None:
+    def __init__(self, path: Path, lock: int, is_ours: bool, placement: Placement | None) -> None:
         self.path = path
+        self._placement = placement
         self._lock = lock
         self._is_ours = is_ours
         self._stale: list[Path] = []
         self._boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", "")
 
     @classmethod
-    def open(cls, path: Path, allow_disk: bool = False) -> "ArenaDir":
-        """Create (0700) if need be, and lock. Raises ConfigError: not a tmpfs, not writable, another loader."""
+    def open(cls, path: Path, allow_disk: bool = False, placement: Placement | None = None) -> "ArenaDir":
+        """Create (0700) if need be, and lock. Raises ConfigError: not a tmpfs, not writable, another loader.
+
+        placement: of new arenas; those that are adopted keep theirs.
+        """
         try:
             is_ours = not path.exists()
             kind = mount_of(path.parent if is_ours else path).kind
@@ -54,7 +59,7 @@ class ArenaDir:
             check_own(path)
             _check_is_own(path)
             lock = _lock(path / LOCK_NAME)
-            return cls(path, lock, _note_maker(lock, is_ours))
+            return cls(path, lock, _note_maker(lock, is_ours), placement)
         except OSError as error:
             raise ConfigError(f"cannot use the arena folder {path}: {error.strerror}{missing_rights(error)}") from error
 
@@ -88,7 +93,8 @@ class ArenaDir:
 
     def create(self, header: Header) -> OwnedArena:
         """Begin a new arena. Raises HostMemoryFull, with nothing left behind."""
-        return OwnedArena.create(self.path / f"{header.component}-{header.generation}{ARENA_SUFFIX}", header)
+        path = self.path / f"{header.component}-{header.generation}{ARENA_SUFFIX}"
+        return OwnedArena.create(path, header, self._placement)
 
     def adopt(self, sources: Iterable[ComponentSource]) -> dict[str, OwnedArena]:
         """Arenas of a dead loader that hold what a source says, by identity; all others are removed.

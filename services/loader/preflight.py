@@ -5,6 +5,7 @@ What no model can do without ends the start; what only some cannot is a warning.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,8 +18,14 @@ import structlog
 from services.loader.cgroup import UNLIMITED, MemoryGroup, memory_groups
 from services.loader.config import Config, ConfigError
 from services.loader.mounts import Mount, mount_of
+from services.params.layout import PAGE
+from services.params.placement import Placement, online_nodes
 
 _NAMED_COUNT = 10  # models that a message names
+_NUMA_REMEDIES = {
+    errno.EPERM: "a container needs the right to: docker run --cap-add SYS_NICE, Kubernetes capabilities.add SYS_NICE",
+    errno.EINVAL: "name nodes that its cpuset allows (docker run --cpuset-mems), or one: several need Linux 5.15",
+}
 _SWAPS = Path("/proc/swaps")  # kernels without swap have none
 
 _log = structlog.get_logger()
@@ -54,6 +61,8 @@ def check(config: Config, folder: Path, sizes: Mapping[str, int]) -> None:
     folder: of the arenas, made already; sizes: bytes of arenas that each model takes.
     """
     mount, groups = mount_of(folder), memory_groups()
+    if config.numa:
+        check_nodes(config.numa, mount)
     ceilings = [size_of(mount, folder)]
     if mount.kind == "tmpfs":  # pages of a disk's file system can be written back
         ceilings += limits(groups)
@@ -108,6 +117,28 @@ def swapping(swaps: str, mount: Mount, groups: Sequence[MemoryGroup]) -> Iterato
             f" mount {mount.point} with noswap (Linux 6.4), or turn swap off for the loader (docker run --memory-swap"
             " equal to --memory, systemd MemorySwapMax=0) or the host (swapoff -a)"
         )
+
+
+def check_nodes(placement: Placement, mount: Mount) -> None:
+    """Raises ConfigError if the kernel would not place arenas so, before one is made."""
+    if mount.kind != "tmpfs":
+        raise ConfigError(f"--numa places the memory of a tmpfs, and {mount.point} is {mount.kind}: leave it out")
+    scratch = os.memfd_create("placement")  # is on a tmpfs of the kernel's own
+    try:
+        online = online_nodes()
+        if unknown := sorted(set(placement.nodes) - set(online)):
+            raise ConfigError(f"--numa: this host has no node {unknown[0]}, only {_listed(online)}")
+        os.ftruncate(scratch, PAGE)
+        placement.apply(scratch, PAGE)
+    except OSError as error:
+        remedy = _NUMA_REMEDIES.get(error.errno or 0, "leave it out")
+        raise ConfigError(f"--numa: the kernel places no memory so ({error.strerror}); {remedy}") from error
+    finally:
+        os.close(scratch)
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def _need(size_bytes: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import re
 import subprocess
@@ -17,9 +18,11 @@ from services.loader.arenas import ArenaDir
 from services.loader.cgroup import MemoryGroup
 from services.loader.config import ConfigError
 from services.loader.mounts import Mount, mount_of, mounts
-from services.loader.preflight import Ceiling, budget, limits, swapping
+from services.loader.preflight import Ceiling, budget, check_nodes, limits, swapping
+from services.params import placement
+from services.params.placement import ONLINE, Placement, online_nodes
 from services.rpc.loader_client import LoaderClient
-from tests.loader.support import Workbench, prepared, terminate
+from tests.loader.support import Workbench, attach_component, prepared, terminate
 
 MIB = 1 << 20
 NOBODY = 65534
@@ -228,6 +231,55 @@ def limited(size_bytes: int) -> Iterator[tuple[str, ...]]:
         yield ("sh", "-c", f'echo $$ > {group}/cgroup.procs && exec "$@"', "sh")
     finally:
         group.rmdir()
+
+
+# ---- where memory comes from
+
+
+@pytest.mark.skipif(not ONLINE.exists(), reason="needs a kernel with NUMA")
+@pytest.mark.parametrize(("flags", "policy"), [(("--numa", "0"), "prefer:0"), ((), "default")])
+def test_a_loader_places_its_arenas(bench: Workbench, flags: tuple[str, ...], policy: str) -> None:
+    """Asked from the process that maps one; a loader that takes it over changes nothing of it."""
+    bench.add_model("toy")
+
+    async def use() -> None:
+        async with LoaderClient(bench.address) as client:
+            model = await prepared(client, "toy")
+            with attach_component(bench, model, "transformer") as arena:
+                lines = Path("/proc/self/numa_maps").read_text().splitlines()
+                assert [line.split()[1] for line in lines if "/transformer-" in line] == [policy]
+                assert arena.data
+
+    with bench.loader(*flags) as process:
+        asyncio.run(use())
+        process.kill()
+    with bench.loader("--numa", "interleave"):
+        asyncio.run(use())
+
+
+def test_a_node_that_is_not_there_is_refused(bench: Workbench) -> None:
+    """With those that are."""
+    bench.add_model("toy")
+    nodes = ", ".join(map(str, online_nodes()))
+
+    assert f"--numa: this host has no node 1023, only {nodes}\n" in refusal(bench, "--numa", "0,1023")
+
+
+def test_only_a_tmpfs_is_placed(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="/data is ext4: leave it out"):
+        check_nodes(Placement((0,)), Mount(Path("/data"), "ext4", frozenset()))
+
+
+@pytest.mark.parametrize(("number", "words"), [(errno.EPERM, "SYS_NICE"), (errno.EINVAL, "cpuset-mems")])
+def test_a_kernel_that_refuses_is_told_why(monkeypatch: pytest.MonkeyPatch, number: int, words: str) -> None:
+    """What containers and cpusets do cannot be had here: the call is made to fail as they do."""
+
+    def refuse(*arguments: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(placement, "set_policy", refuse)
+    with pytest.raises(ConfigError, match=rf"places no memory so \({os.strerror(number)}\); .*{words}"):
+        check_nodes(Placement((0,)), SHM)
 
 
 # ---- whose the folder is
