@@ -224,6 +224,19 @@ def test_provision(run: Any) -> None:
     assert all(row["gb_s"] > 0 for row in rows)
 
 
+def test_numa(run: Any) -> None:
+    """Every placement, with its policy and all of the pages somewhere."""
+    figures = run("numa")
+    rows = {row["numa"]: row for row in figures["rows"]}
+    assert rows.keys() == {"off", "interleave", *map(str, figures["nodes"])}
+    assert rows["off"]["policy"] == "default"
+    assert rows["interleave"]["policy"].startswith("interleave:")
+    for node in figures["nodes"]:
+        assert rows[str(node)]["policy"] == f"prefer:{node}"
+    for row in rows.values():
+        assert sum(row.get(f"node{node}", 0) for node in figures["nodes"]) == pytest.approx(1)
+
+
 def test_fill(run: Any) -> None:
     figures = run("fill", "--rounds", "1")
     assert [row["from"] for row in figures["rounds"]] == ["disk", "page cache"]

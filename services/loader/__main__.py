@@ -10,7 +10,7 @@ import grpc
 import structlog
 from headwater.loader.v1 import loader_pb2_grpc
 
-from services.loader import upkeep
+from services.loader import preflight, upkeep
 from services.loader.arenas import ArenaDir
 from services.loader.config import Config, ConfigError, Upkeep, parse_args
 from services.loader.fill import Filler
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 async def _serve(config: Config) -> None:
-    directory = ArenaDir.open(config.arena_dir, config.allow_disk)
+    directory = ArenaDir.open(config.arena_dir, config.allow_disk, config.numa)
     try:
         server = build_server(admit=Guard(config.allowed_users))
         async with _listening(server, config.listen, directory.socket) as address:
@@ -90,6 +90,7 @@ async def _run(config: Config, server: grpc.aio.Server, address: str, directory:
     health = add_health(server, SERVICE)
     add_reflection(server, SERVICE)
     try:
+        preflight.check(config, directory.path, await store.scan())
         await store.start()
         await server.start()
         await health.set_all(SERVING)

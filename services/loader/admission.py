@@ -9,6 +9,7 @@ import structlog
 from services.errors import HostMemoryFull
 from services.loader.arenas import ArenaDir
 from services.loader.catalog import ComponentSource
+from services.loader.cgroup import UNLIMITED
 from services.loader.records import Resident
 
 _log = structlog.get_logger()
@@ -154,10 +155,12 @@ class Admission:
             raise self._full(need)
 
     def _room(self) -> int:
-        free = self._directory.free_bytes()
+        return min(self._directory.free_bytes(), self._budget_room())
+
+    def _budget_room(self) -> int:
         if self._budget_bytes is None:
-            return free
-        return min(free, self._budget_bytes - sum(resident.arena.file_bytes for resident in self.residents.values()))
+            return UNLIMITED
+        return self._budget_bytes - sum(resident.arena.file_bytes for resident in self.residents.values())
 
     def _check_budget(self, sources: Iterable[ComponentSource]) -> None:
         """Raises HostMemoryFull for what the budget can never hold."""
@@ -174,8 +177,14 @@ class Admission:
         ]
         return HostMemoryFull(
             f"no room in host memory: {_mib(need)} needed, {_mib(max(0, self._room()))} free{budget};"
-            f" held: {'; '.join(held) or 'nothing'}"
+            f" held: {'; '.join(held) or 'nothing'}; the limit is {self._limit()}"
         )
+
+    def _limit(self) -> str:
+        """What an operator would enlarge to have more room."""
+        rooms = self._directory.rooms()
+        tightest = min(rooms, key=rooms.__getitem__)
+        return "--host-budget" if self._budget_room() < rooms[tightest] else tightest
 
 
 def _identities(sources: Iterable[ComponentSource]) -> set[str]:

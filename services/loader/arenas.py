@@ -14,11 +14,15 @@ from pathlib import Path
 import structlog
 
 from services.errors import BadCheckpoint, HeadwaterError, HostMemoryFull
+from services.loader import cgroup
 from services.loader.catalog import ComponentSource, ModelSource
 from services.loader.config import ConfigError
+from services.loader.mounts import mount_of
+from services.loader.ownership import check_own, missing_rights
 from services.params.arena import discard
 from services.params.header import Header
 from services.params.owned_arena import OwnedArena
+from services.params.placement import Placement
 
 LOCK_NAME = "loader.lock"
 SOCKET_NAME = ".loader.sock"
@@ -32,27 +36,32 @@ _log = structlog.get_logger()
 class ArenaDir:
     """A locked arena folder; use `open`, and `close` when the loader stops for good."""
 
-    def __init__(self, path: Path, lock: int, is_ours: bool) -> None:
+    def __init__(self, path: Path, lock: int, is_ours: bool, placement: Placement | None) -> None:
         self.path = path
+        self._placement = placement
         self._lock = lock
         self._is_ours = is_ours
         self._stale: list[Path] = []
         self._boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", "")
 
     @classmethod
-    def open(cls, path: Path, allow_disk: bool = False) -> "ArenaDir":
-        """Create (0700) if need be, and lock. Raises ConfigError: not a tmpfs, not writable, another loader."""
-        is_ours = not path.exists()
+    def open(cls, path: Path, allow_disk: bool = False, placement: Placement | None = None) -> "ArenaDir":
+        """Create (0700) if need be, and lock. Raises ConfigError: not a tmpfs, not writable, another loader.
+
+        placement: of new arenas; those that are adopted keep theirs.
+        """
         try:
-            kind = filesystem_of(path.parent if is_ours else path)
+            is_ours = not path.exists()
+            kind = mount_of(path.parent if is_ours else path).kind
             if kind != "tmpfs" and not allow_disk:
                 raise ConfigError(f"{path} is on {kind}, not on a tmpfs: choose another --arena-dir or --allow-disk")
             path.mkdir(mode=0o700, exist_ok=True)
+            check_own(path)
             _check_is_own(path)
             lock = _lock(path / LOCK_NAME)
-            return cls(path, lock, _note_maker(lock, is_ours))
+            return cls(path, lock, _note_maker(lock, is_ours), placement)
         except OSError as error:
-            raise ConfigError(f"cannot use the arena folder {path}: {error.strerror}") from error
+            raise ConfigError(f"cannot use the arena folder {path}: {error.strerror}{missing_rights(error)}") from error
 
     @property
     def socket(self) -> Path:
@@ -60,9 +69,23 @@ class ArenaDir:
         return self.path / SOCKET_NAME
 
     def free_bytes(self) -> int:
-        """What new arenas can have: room on the tmpfs, but never more than the host has memory for."""
+        """What new arenas can have."""
+        return min(self.rooms().values())
+
+    def rooms(self) -> dict[str, int]:
+        """What new arenas can have, bytes, by what sets the limit: what an operator would enlarge."""
         room = os.statvfs(self.path)
-        return min(room.f_bavail * room.f_frsize, _available_bytes())
+        free_bytes = room.f_bavail * room.f_frsize if room.f_blocks else cgroup.UNLIMITED  # a tmpfs without a size
+        return {
+            "the size of the loader's tmpfs": free_bytes,
+            "the host's memory": _available_bytes(),
+            "the memory limit of the loader's container or cgroup": cgroup.free_bytes(cgroup.memory_groups()),
+        }
+
+    def arena_bytes(self, sources: Iterable[ComponentSource]) -> int:
+        """Size of the arenas of all of `sources`; those that are the same share one."""
+        distinct = {source.identity: source for source in sources}
+        return sum(self.header(source).file_bytes for source in distinct.values())
 
     def header(self, source: ComponentSource) -> Header:
         """The header of a new generation of a component."""
@@ -70,7 +93,8 @@ class ArenaDir:
 
     def create(self, header: Header) -> OwnedArena:
         """Begin a new arena. Raises HostMemoryFull, with nothing left behind."""
-        return OwnedArena.create(self.path / f"{header.component}-{header.generation}{ARENA_SUFFIX}", header)
+        path = self.path / f"{header.component}-{header.generation}{ARENA_SUFFIX}"
+        return OwnedArena.create(path, header, self._placement)
 
     def adopt(self, sources: Iterable[ComponentSource]) -> dict[str, OwnedArena]:
         """Arenas of a dead loader that hold what a source says, by identity; all others are removed.
@@ -168,17 +192,6 @@ def _check_is_own(path: Path) -> None:
     names = {inside.name for inside in path.iterdir() if not inside.is_socket()}
     if names and LOCK_NAME not in names:
         raise ConfigError(f"{path} holds other files: give the loader a folder of its own")
-
-
-def filesystem_of(path: Path) -> str:
-    """Kind of the file system that `path` is on, e.g. "tmpfs"."""
-    device = path.stat().st_dev
-    number = f"{os.major(device)}:{os.minor(device)}"
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        left, _, right = line.partition(" - ")
-        if left.split()[2] == number:
-            return right.split()[0]
-    return "an unknown file system"
 
 
 def _available_bytes() -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from services.params.layout import EXTENT_BYTES, PAGE
+from services.params.placement import Placement, parse_placement
 from services.rpc.logs import LOG_FORMATS, LOG_LEVELS, LogFormat
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -50,6 +51,7 @@ class Config:
     buffered_io: bool
     pressure_limit_percent: float
     extent_bytes: int
+    numa: Placement | None
     grace_s: float
     log_format: LogFormat
     log_level: str
@@ -151,6 +153,13 @@ def _percent(text: str) -> float:
     return percent
 
 
+def _placement(text: str) -> Placement | None:
+    try:
+        return parse_placement(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError("must be off, interleave, or node numbers such as 0 or 0,1") from error
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="headwater-loader",
@@ -175,6 +184,9 @@ def _parser() -> argparse.ArgumentParser:
         help="give back what nobody uses while tasks wait for memory that much of the time; 0: never "
         "(default: %(default)g)")  # fmt: skip
     add("--extent-bytes", type=_extent_size, default=EXTENT_BYTES, metavar="SIZE", help="unit of fill (default: 64MiB)")
+    add("--numa", type=_placement, metavar="NODES",
+        help="nodes to take the memory of new arenas from while they have some, e.g. 0 or 0,1; interleave: all in turn "
+        "(default: off, that of the thread that reads)")  # fmt: skip
     add("--grace", type=float, dest="grace_s", default=5.0, metavar="S", help="seconds that running calls get at stop")
     add("--log-format", choices=LOG_FORMATS, default="text")
     add("--log-level", choices=LOG_LEVELS, default="info")

@@ -50,6 +50,11 @@ class Holdings:
         here = self.admission.residents
         return [(part.name, here[part.identity]) for part in record.components if part.identity in here]
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of arenas that each model takes, by name; of those whose headers could be read."""
+        known = (record for record in self.models if record.source)
+        return {record.entry.name: self._directory.arena_bytes(record.components) for record in known}
+
     def view(self, record: ModelRecord) -> ModelView:
         return view_of(record, dict(self.parts(record)), self.read_bytes)
 
@@ -104,18 +109,21 @@ class Holdings:
         If either cannot be had, nothing of `new` stays.
         """
         assert record.source
-        try:
-            published = asyncio.create_task(self._publish(record, record.source))
-            await self.admission.reserve(new)
-            record.config = await published
-        except Exception as error:
+        both = self.admission.reserve(new), self._publish(record, record.source)
+        reserved, published = await asyncio.gather(*both, return_exceptions=True)
+        if isinstance(published, str):
+            record.config = published
+        if error := next((each for each in (reserved, published) if isinstance(each, Exception)), None):
+            await self._undo(new, error)
+            raise error
+
+    async def _undo(self, new: Sequence[Resident], error: Exception) -> None:
+        for resident in new:
+            resident.error = error  # nobody begins with another extent of it
+        if not self._changes.is_closed:  # else threads may still be at work, and all is dropped at the end
             for resident in new:
-                resident.error = error  # nobody begins with another extent of it
-            if not self._changes.is_closed:  # else threads may still be at work, and all is dropped at the end
-                for resident in new:
-                    await self._discard(resident)
-                self._tidy()
-            raise
+                await self._discard(resident)
+            self._tidy()
 
     async def read_again(self, record: ModelRecord) -> None:
         """The files may have been replaced or mended since they were last looked at. Raises BadCheckpoint."""

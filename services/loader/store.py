@@ -37,7 +37,7 @@ _log = structlog.get_logger()
 
 
 class ParamStore:
-    """Models by name. `start` before anything else; `stop` gives all memory back."""
+    """Models by name. `scan`, then `start`, before anything else; `stop` gives all memory back."""
 
     def __init__(
         self,
@@ -57,9 +57,13 @@ class ParamStore:
         self._admissions: set[asyncio.Task[None]] = set()
         self._is_stopping = False
 
-    async def start(self) -> None:
-        """Read all models' headers, adopt what a dead loader left, and start to fill what is asked."""
+    async def scan(self) -> dict[str, int]:
+        """Read all models' headers; bytes of arenas that each takes, by name, but for those that cannot be served."""
         await self._models.read_all()
+        return self._holdings.sizes()
+
+    async def start(self) -> None:
+        """Adopt what a dead loader left, and start to fill what is asked."""
         nobody = Ticket(Priority.EAGER)
         for resident in await self._holdings.adopt():
             self._queue.put(resident, range(len(resident.states)), Urgency.ADOPTED, nobody)

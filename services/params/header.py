@@ -92,8 +92,13 @@ def parse_page(page: bytes) -> tuple[Regions, int, bytes]:
     if len(page) != PAGE or page[:8] != MAGIC:
         raise BadArena("not an arena")
     version, order = struct.unpack_from("<II", page, 8)
-    if version != VERSION or order != BYTE_ORDER:
-        raise BadArena(f"an arena of layout version {version}, this program reads version {VERSION}")
+    if order != BYTE_ORDER:
+        raise BadArena("an arena of a machine with another byte order")
+    if version != VERSION:
+        raise BadArena(
+            f"an arena of layout version {version}, this program reads version {VERSION}:"
+            " run loader and samplers of the same release"
+        )
     if page[_SEAL_OFFSET:] != xxhash.xxh3_128_digest(page[:_SEAL_OFFSET]):
         raise BadArena("an arena whose header is damaged")
     _, _, _, *offsets, extent_count, _, manifest_bytes, generation, boot_id, identity, digest = _FIXED.unpack_from(page)

@@ -13,6 +13,7 @@ from services.params.arena import ExtentState, opened, read_front
 from services.params.header import DIGEST_BYTES, Header, Regions
 from services.params.layout import PAGE
 from services.params.mapping import address_of, populate
+from services.params.placement import Placement
 
 _RESERVE_BYTES = 64 << 20  # in one call; a signal waits for its end
 _POPULATE_BYTES = 8 << 20  # in one call; threads that map or unmap wait for its end, some 4 ms
@@ -32,15 +33,20 @@ class OwnedArena:
         self._regions = regions
 
     @classmethod
-    def create(cls, path: Path, header: Header) -> "OwnedArena":
-        """A new file, which is no arena before `reserve`. Raises HostMemoryFull, with nothing left behind."""
+    def create(cls, path: Path, header: Header, placement: Placement | None = None) -> "OwnedArena":
+        """A new file, which is no arena before `reserve`. Raises HostMemoryFull, with nothing left behind.
+
+        Without a placement each page is on the node of the thread that makes it.
+        """
         front, regions = header.pack()
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
         try:
             _check_room(fd, regions.file_bytes)
             with _allocating():
-                os.pwrite(fd, front[PAGE:], PAGE)
                 os.ftruncate(fd, regions.file_bytes)
+                if placement:
+                    placement.apply(fd, regions.file_bytes)
+                os.pwrite(fd, front[PAGE:], PAGE)
         except BaseException:
             os.close(fd)
             path.unlink()
@@ -163,7 +169,7 @@ class OwnedArena:
 def _check_room(fd: int, size: int) -> None:
     room = os.fstatvfs(fd)
     have = room.f_bavail * room.f_frsize
-    if size > have:
+    if room.f_blocks and size > have:  # a tmpfs without a size counts no blocks
         raise HostMemoryFull(
             f"the arena directory has no room: {size / 2**20:.1f} MiB needed, {have / 2**20:.1f} MiB free"
         )

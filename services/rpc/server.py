@@ -112,8 +112,9 @@ def bind_door(address: str) -> socket.socket | None:
 def _socket_file(address: str) -> Iterator[Path]:
     """Where a socket may be bound inside the block: it gets mode 0660. Raises OSError."""
     path = Path(address.removeprefix(_UNIX))
-    if len(os.fsencode(path)) > _MAX_SOCKET_PATH_BYTES:
-        raise OSError(errno.ENAMETOOLONG, f"a socket's path has at most {_MAX_SOCKET_PATH_BYTES} bytes: {path}")
+    if (length := len(os.fsencode(path))) > _MAX_SOCKET_PATH_BYTES:
+        most = f"a socket's path has at most {_MAX_SOCKET_PATH_BYTES} bytes, this has {length}"
+        raise OSError(errno.ENAMETOOLONG, f"{most}; choose a shorter --listen or --arena-dir: {path}")
     if not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, f"the folder of the socket does not exist: {path.parent}")
     _clear_stale(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -43,6 +44,16 @@ def chunks_of(size_bytes: int, chunk_bytes: int = CHUNK_BYTES) -> Iterator[tuple
     """(offset, size) of the chunks of an arena's data. They begin on pages, so that no page is locked twice."""
     for start in range(0, size_bytes, chunk_bytes):
         yield start, min(chunk_bytes, size_bytes - start)
+
+
+def limit_of_locking(limit_bytes: int) -> str:
+    """What may be behind a refusal, and who can change it; nothing if RLIMIT_MEMLOCK is unlimited."""
+    if limit_bytes == resource.RLIM_INFINITY:
+        return ""
+    return (
+        f"; this process may lock {limit_bytes / 2**20:.1f} MiB: raise it (docker run --ulimit memlock=-1, systemd"
+        " LimitMEMLOCK=infinity, Kubernetes: the container runtime's default limits)"
+    )
 
 
 class Registration:
@@ -124,7 +135,8 @@ class Registrar:
         address = registration.data.data_ptr() + start
         error = self._lock_ways()[self.way](registration.arena, address, start, size)
         if error:
-            self._fall_back(f"refused with CUDA error {error}")
+            limit_bytes, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+            self._fall_back(f"refused with CUDA error {error}{limit_of_locking(limit_bytes)}")
             return
         del registration.todo[start, size]
         registration.locked.append(address)

@@ -64,12 +64,14 @@ def test_flags_become_one_frozen_config(tmp_path: Path) -> None:
     assert config.max_fill_rate == 100 << 20
     assert config.arena_dir == Path("/dev/shm/headwater")
     assert config.extent_bytes == 64 << 20
+    assert config.numa is None
     assert parse_args(["--check", "--arena-dir", "/dev/shm/x"]) == Upkeep("check", Path("/dev/shm/x"), 8)
     for bad in (
         ["--extent-bytes", "1000"],
         ["--fill-threads", "0"],
         ["--host-budget", "0"],
         ["--pressure-limit", "101"],
+        ["--numa", "both"],
         ["--nonsense"],
     ):
         with pytest.raises(SystemExit):

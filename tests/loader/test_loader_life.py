@@ -216,7 +216,7 @@ def test_what_the_operator_got_wrong_is_one_line(bench: Workbench) -> None:
         (("--arena-dir", str(bench.memory)), "holds other files"),
         (("--arena-dir", "/nonexistent/arenas"), "cannot use the arena folder"),
         (("--listen", "unix:/nonexistent/folder/l.sock"), "folder of the socket"),
-        (("--listen", "unix:/tmp/" + "x" * 200), "at most 107 bytes"),
+        (("--listen", "unix:/tmp/" + "x" * 200), "at most 107 bytes, this has 205; choose a shorter --listen"),
         (("--listen", "nonsense"), "unix:/path or host:port"),
     ]
     (bench.memory / "config-of-somebody").mkdir()

@@ -33,6 +33,7 @@ async def running(bench: Workbench, rate: int | None = None, budget: int | None 
     directory = ArenaDir.open(bench.arena_dir)
     store = ParamStore(entries, directory, Filler(3, rate), 16384, budget)
     try:
+        await store.scan()
         await store.start()
         yield store
     finally:

@@ -184,6 +184,26 @@ def test_another_generation_is_refused(owned: OwnedArena) -> None:
         attach(owned.path, "00" * 16)
 
 
+def test_another_layout_version_names_both_and_the_remedy(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loader of one release and a sampler of another."""
+    with monkeypatch.context() as newer:
+        newer.setattr(header_module, "VERSION", 2)
+        arena = OwnedArena.create(memory / "a.arena", make_header())
+        arena.reserve()
+        arena.close()
+
+    with pytest.raises(BadArena, match=r"layout version 2, .* version 1: run loader and samplers of the same"):
+        attach(arena.path, GENERATION)
+
+
+def test_another_byte_order_is_not_called_a_version(owned: OwnedArena) -> None:
+    front = bytearray(owned.header.pack()[0])
+    front[8:16] = front[8:12][::-1] + front[12:16][::-1]
+
+    with pytest.raises(BadArena, match="byte order"):
+        header_module.parse(bytes(front))
+
+
 def test_a_missing_arena_is_the_loader_gone(memory: Path) -> None:
     with pytest.raises(LoaderGone) as caught:
         attach(memory / "no.arena", GENERATION)

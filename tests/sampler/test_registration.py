@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import resource
 import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import structlog
 import torch
 
 from services.params.layout import Extent
-from services.sampler.registration import Registrar, Way, chunks_of
+from services.sampler.registration import Registrar, Way, chunks_of, limit_of_locking
 
 PAGE = 4096
 
@@ -133,6 +135,24 @@ def test_without_a_way_copies_are_staged(book: Book) -> None:
 
     assert made.way is Way.STAGED
     assert book.locked == {}
+
+
+def test_a_refusal_names_the_limit_of_locked_memory() -> None:
+    """With its settings; not where there is none."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    resource.setrlimit(resource.RLIMIT_MEMLOCK, (65536, hard))
+    try:
+        with structlog.testing.capture_logs() as lines:
+            arena, made = Arena(), registrar(Book(refuses=(True, False)))
+            made.add(arena, arena.data)  # type: ignore[arg-type]
+            until(made.is_done)
+    finally:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (soft, hard))
+    reason = lines[0]["reason"]
+
+    assert reason.startswith("refused with CUDA error 801; this process may lock 0.1 MiB: ")
+    assert all(setting in reason for setting in ("memlock=-1", "LimitMEMLOCK=infinity", "container runtime"))
+    assert limit_of_locking(resource.RLIM_INFINITY) == ""
 
 
 def test_chunks_are_the_whole() -> None:
