@@ -56,7 +56,12 @@ needs_mount = pytest.mark.skipif(not can_mount(), reason="needs the right to mou
 def refusal(bench: Workbench, *flags: str, prefix: tuple[str, ...] = ()) -> str:
     """What a loader says that does not start: one line, and exit code 1."""
     bench.log.write_text("")
-    assert bench.start(*flags, prefix=prefix).wait(20) == 1
+    process = bench.start(*flags, prefix=prefix)
+    try:
+        assert process.wait(20) == 1, bench.log.read_text()
+    finally:
+        process.kill()  # one that serves after all
+        process.wait()
     said = bench.log.read_text()
     assert said.startswith("headwater-loader: ")
     assert said.count("\n") == 1
