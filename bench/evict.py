@@ -2,8 +2,8 @@
 
     python bench/evict.py --mib 576
 
-Three times: nobody maps the model; a reader has locked its pages (mlock) under its lease, which is refused, and lets
-go; a reader gave its lease back and maps the model still, which is evicted, and unmaps.
+Nobody maps the model; a reader has locked its pages under its lease, by mlock or for a CUDA device if there is one, which
+is refused, and lets go; a reader gave its lease back and maps the model still, which is evicted, and unmaps.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
+
+import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / part) for part in ("", "gen")]
 
@@ -65,16 +67,25 @@ async def idle(client: LoaderClient, free: Free) -> Figures:
 
 
 async def locked(client: LoaderClient, free: Free, readers: list[Puppet]) -> Figures:
-    tell(readers, "digest", "lock")
+    return await _locked(client, free, readers, "lock", "unlock")
+
+
+async def registered(client: LoaderClient, free: Free, readers: list[Puppet]) -> Figures:
+    return await _locked(client, free, readers, "register", "unregister")
+
+
+async def _locked(client: LoaderClient, free: Free, readers: list[Puppet], lock: str, unlock: str) -> Figures:
+    tell(readers, "digest")
+    answers = tell(readers, lock)
     try:
         await client.evict("m")
         refused = False
     except Leased:
         refused = True
     before = free.rise()
-    tell(readers, "unlock", "close", "drop")
+    tell(readers, unlock, "close", "drop")
     await client.evict("m")
-    return {"refused": refused, "while_leased": before, "after_eviction": free.rise()}
+    return {"answers": answers, "refused": refused, "while_leased": before, "after_eviction": free.rise()}
 
 
 async def without_lease(client: LoaderClient, free: Free, readers: list[Puppet]) -> Figures:
@@ -90,7 +101,7 @@ async def without_lease(client: LoaderClient, free: Free, readers: list[Puppet])
 async def measure(bench: Workbench) -> Figures:
     figures: Figures = {}
     async with LoaderClient(bench.address) as client:
-        for case in (idle, locked, without_lease):
+        for case in (idle, locked, *([registered] if torch.cuda.is_available() else []), without_lease):
             model = await prepared(client, "m")
             await asyncio.sleep(1)  # what was read leaves the page cache meanwhile
             size = sum(part.size_bytes for part in model.components)

@@ -3,6 +3,7 @@
     python -m tests.loader.puppet ARENA GENERATION
 
 lock, unlock: keep its pages in memory (mlock), or no longer; answers with the kernel's count of locked kB
+register, unregister: page-lock them for the CUDA device as samplers do, or no longer; answers with the driver's error
 digest: XXH3-128 of all data, as it reads it now
 close: give the lease back, as AttachedArena.close does, while a view of the data lives on
 drop: let go of the view, and with it of the memory
@@ -23,6 +24,7 @@ import xxhash
 
 from services.params.arena import AttachedArena, attach
 from services.params.mapping import c_library
+from services.sampler.driver import Driver
 from tests.loader.support import ROOT
 
 
@@ -72,6 +74,12 @@ class Strings:
     def unlock(self) -> str:
         return self._call(c_library().munlock)
 
+    def register(self) -> str:
+        return str(self._driver().lock(*self._place(), read_only=True))
+
+    def unregister(self) -> str:
+        return str(self._driver().unlock(self._place()[0]))
+
     def digest(self) -> str:
         assert self._view is not None
         return xxhash.xxh3_128_hexdigest(self._view)
@@ -85,10 +93,19 @@ class Strings:
         self._arena = self._view = None
         return "dropped"
 
-    def _call(self, call: ctypes._NamedFuncPointer) -> str:
+    def _driver(self) -> Driver:
+        import torch  # seconds, and a device, that other words do without
+
+        torch.cuda.current_stream()
+        return Driver()
+
+    def _place(self) -> tuple[int, int]:
         assert self._view is not None
-        address = np.frombuffer(self._view, np.uint8).ctypes.data
-        if call(ctypes.c_void_p(address), ctypes.c_size_t(len(self._view))):
+        return np.frombuffer(self._view, np.uint8).ctypes.data, len(self._view)
+
+    def _call(self, call: ctypes._NamedFuncPointer) -> str:
+        address, size_bytes = self._place()
+        if call(ctypes.c_void_p(address), ctypes.c_size_t(size_bytes)):
             return f"errno {ctypes.get_errno()}"
         status = Path("/proc/self/status").read_text().splitlines()
         return next(line for line in status if line.startswith("VmLck")).split()[1]
