@@ -2,8 +2,8 @@
 
     python bench/evict.py --mib 576
 
-Nobody maps the model; a reader has locked its pages under its lease, by mlock or for a CUDA device if there is one, which
-is refused, and lets go; a reader gave its lease back and maps the model still, which is evicted, and unmaps.
+Nobody maps the model; a reader has locked its pages under its lease, by mlock or for a CUDA device if there is one,
+which is refused, and lets go; a reader gave its lease back and maps the model still, which is evicted, and unmaps.
 """
 
 from __future__ import annotations
