@@ -133,7 +133,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the code")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="where the bytes come from")
-    parser.add_argument("--threads", type=int, default=8, help="the loader's --fill-threads")
+    parser.add_argument("--threads", type=int, default=16, help="the loader's --fill-threads")
     options = parser.parse_args(arguments)
     with checkpoint.there(options.model, options.folder, options.tiny) as (folder, _):
         rows = rounds(folder, options)

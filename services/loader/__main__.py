@@ -91,9 +91,10 @@ async def _run(config: Config, server: grpc.aio.Server, address: str, directory:
     add_reflection(server, SERVICE)
     try:
         preflight.check(config, directory.path, await store.scan())
-        await store.start()
+        await store.adopt()
         await server.start()
         await health.set_all(SERVING)
+        store.begin()  # the threads that verify would keep the start waiting
         _log.info("serving", address=address, models=len(config.models))
         eager = [asyncio.create_task(store.load_all())] if config.eager_load else []
         relief = relieving(store.give_back, config.pressure_limit_percent)

@@ -3,6 +3,7 @@
 A folder has one loader at a time: LOCK_EX on `loader.lock`, which the kernel drops when the process dies.
 """
 
+import errno
 import fcntl
 import os
 import secrets
@@ -28,6 +29,7 @@ LOCK_NAME = "loader.lock"
 SOCKET_NAME = ".loader.sock"
 _MADE = b"a loader made this folder\n"
 ARENA_SUFFIX = ".arena"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM)
 _CONFIG_PREFIX = "config-"
 
 _log = structlog.get_logger()
@@ -160,7 +162,8 @@ class ArenaDir:
             scratch.rename(folder)
         except OSError as error:
             shutil.rmtree(scratch, ignore_errors=True)
-            if error.filename is None or str(error.filename).startswith(str(self.path)):
+            # A copy that fails for want of room names the file that it read.
+            if error.errno in FULL or str(error.filename).startswith(str(self.path)):
                 raise HostMemoryFull(f"the arena directory: {os.strerror(error.errno or 0)}") from error
             raise BadCheckpoint(f"a file of the model cannot be read: {os.strerror(error.errno or 0)}") from error
         return folder.name

@@ -1,6 +1,7 @@
 """What the operator says: flags and models.toml, checked once, at start. The only reader of either."""
 
 import argparse
+import os
 import re
 import tomllib
 from collections.abc import Sequence
@@ -143,6 +144,11 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _thread_count() -> int:
+    """A disk wants many reads at once, also while some threads put in place what they have read."""
+    return min(16, 4 * len(os.sched_getaffinity(0)))
+
+
 def _percent(text: str) -> float:
     try:
         percent = float(text)
@@ -177,7 +183,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--allow-disk", action="store_true", help="accept an arena folder that is not on a tmpfs")
     add("--eager-load", action="store_true", help="fill all models now, not when they are asked for")
     add("--host-budget", type=_size, dest="host_budget_bytes", metavar="SIZE", help="most bytes of arenas, e.g. 64GiB")
-    add("--fill-threads", type=_count, default=8, metavar="N", help="threads that read (default: %(default)s)")
+    add("--fill-threads", type=_count, default=_thread_count(), metavar="N",
+        help="threads that read (default: 4 for each CPU, at most 16; here: %(default)s)")  # fmt: skip
     add("--max-fill-rate", type=_size, metavar="SIZE", help="most bytes a second to read from disk")
     add("--buffered-io", action="store_true", help="read through the page cache instead of around it")
     add("--pressure-limit", type=_percent, dest="pressure_limit_percent", default=10.0, metavar="PERCENT",

@@ -37,7 +37,7 @@ _log = structlog.get_logger()
 
 
 class ParamStore:
-    """Models by name. `scan`, then `start`, before anything else; `stop` gives all memory back."""
+    """Models by name. `scan`, `adopt`, then `begin`, before anything else; `stop` gives all memory back."""
 
     def __init__(
         self,
@@ -62,11 +62,14 @@ class ParamStore:
         await self._models.read_all()
         return self._holdings.sizes()
 
-    async def start(self) -> None:
-        """Adopt what a dead loader left, and start to fill what is asked."""
+    async def adopt(self) -> None:
+        """Take over what a dead loader left; it is verified once work begins."""
         nobody = Ticket(Priority.EAGER)
         for resident in await self._holdings.adopt():
             self._queue.put(resident, range(len(resident.states)), Urgency.ADOPTED, nobody)
+
+    def begin(self) -> None:
+        """Start to fill and to verify. Calls may come before."""
         workers = (
             fill_forever(self._queue, self._filler, self._changes, self._holdings.read_bytes)
             for _ in range(self._filler.thread_count)

@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import os
 import random
 import signal
 import subprocess
@@ -32,7 +31,7 @@ from services.loader.config import ModelEntry
 from services.params.arena import AttachedArena, attach
 from services.params.owned_arena import OwnedArena
 from services.rpc.loader_client import LoaderClient
-from tests.loader.support import ROOT, Tensors, Workbench, workbench
+from tests.loader.support import ROOT, Tensors, Workbench, environment, workbench
 
 MODELS = "abc"
 EXTENT_BYTES = 16 << 10
@@ -88,9 +87,8 @@ class Campaign:
     def _start(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", *self._module, "--models", str(self._models), "--listen", self._bench.address]
         command += ["--arena-dir", str(self._bench.arena_dir), *FLAGS]
-        environment = os.environ | {"PYTHONPATH": f"{ROOT}/gen:{ROOT}"}
         with self._bench.log.open("ab") as log:
-            return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=log)
+            return subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=log)
 
     async def _serves(self, process: subprocess.Popen[bytes]) -> bool:
         deadline = time.monotonic() + SOON_S

@@ -12,7 +12,6 @@ drop: let go of the view, and with it of the memory
 from __future__ import annotations
 
 import ctypes
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ import xxhash
 from services.params.arena import AttachedArena, attach
 from services.params.mapping import c_library
 from services.sampler.driver import Driver
-from tests.loader.support import ROOT
+from tests.loader.support import ROOT, environment
 
 
 class Puppet:
@@ -50,9 +49,8 @@ class Puppet:
 def puppet(path: Path, generation: str) -> Iterator[Puppet]:
     """A puppet that maps; killed at the end."""
     command = [sys.executable, "-m", "tests.loader.puppet", str(path), generation]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}/gen:{ROOT}"}
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, cwd=ROOT, env=environment, text=True, stdin=pipe, stdout=pipe) as process:
+    with subprocess.Popen(command, cwd=ROOT, env=environment(), text=True, stdin=pipe, stdout=pipe) as process:
         made = Puppet(process)
         assert made.hear() == "mapped"
         try:

@@ -12,7 +12,7 @@ from pathlib import Path
 from services.loader.catalog import read_model
 from services.loader.config import ModelEntry
 from services.params.header import Header
-from tests.loader.support import ROOT, Workbench
+from tests.loader.support import ROOT, Workbench, environment
 
 MODELS = "abc"
 EXTENT_BYTES = 16 << 10  # a workbench's loader has them
@@ -70,11 +70,10 @@ class Watch:
 def start_tenants(bench: Workbench, count: int, seconds: float, seed: int) -> list[subprocess.Popen[str]]:
     models = [f"{name}={folder}" for name, folder in bench.folders.items()]
     base = [sys.executable, "-m", "tests.loader.tenant", bench.address, str(bench.arena_dir)]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}/gen:{ROOT}"}
     return [
         subprocess.Popen(
             [*base, str(seed + number), str(seconds), *models],
-            cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True,
+            cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True,
         )
         for number in range(count)
     ]  # fmt: skip

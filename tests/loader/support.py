@@ -26,6 +26,11 @@ ROOT = Path(__file__).resolve().parents[2]
 Tensors = dict[str, NDArray[Any]]
 
 
+def environment() -> dict[str, str]:
+    """For a process that imports what this one does."""
+    return os.environ | {"PYTHONPATH": f"{ROOT}/gen:{ROOT}:{os.environ.get('PYTHONPATH', '')}"}
+
+
 def toy_tensors(seed: int, block_count: int = 6, width: int = 64) -> Tensors:
     """Names that sort differently as text and as numbers, odd sizes, an empty and a scalar tensor."""
     random = np.random.default_rng(seed)
@@ -132,9 +137,8 @@ class Workbench:
     def start(self, *flags: str, prefix: tuple[str, ...] = ()) -> subprocess.Popen[str]:
         arguments = ["--models", str(self.write_models()), "--listen", self.address, "--arena-dir", str(self.arena_dir)]
         command = [*prefix, sys.executable, "-m", "services.loader", *arguments, "--extent-bytes", "16KiB", *flags]
-        environment = os.environ | {"PYTHONPATH": f"{ROOT}/gen:{ROOT}"}
         with self.log.open("a") as log:
-            return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=log, text=True)
+            return subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=log, text=True)
 
     @property
     def log(self) -> Path:

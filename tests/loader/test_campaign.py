@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from typing import Any
 
 import pytest
 
-from tests.loader.support import ROOT
+from tests.loader.support import ROOT, environment
 
 
 def campaign(*flags: str) -> dict[str, Any]:
     """A campaign's tally; in a mount namespace of its own, for it mounts a tmpfs."""
     command = ["unshare", "--map-root-user", "--mount", sys.executable, "-m", "tests.loader.campaign", *flags]
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}/gen:{ROOT}"}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    run = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
     assert run.stdout, run.stderr
     tally: dict[str, Any] = json.loads(run.stdout)
     return tally

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 from headwater.loader.v1 import loader_pb2 as pb
 
 from services.rpc.loader_client import LoaderClient
-from tests.loader.support import ROOT, Workbench, tensor_bytes
+from tests.loader.support import ROOT, Workbench, environment, tensor_bytes
 
 PROCESSES, CALLERS = 4, 25
 SMALL_BYTES = 256 << 10  # headers, the model's configs, /proc/meminfo
@@ -27,7 +26,7 @@ def start_callers(bench: Workbench) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "tests.loader.callers", bench.address, "toy", str(CALLERS)],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": f"{ROOT}/gen:{ROOT}"},
+        env=environment(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

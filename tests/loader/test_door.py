@@ -14,7 +14,7 @@ import pytest
 
 from services import errors
 from services.rpc.loader_client import LoaderClient
-from tests.loader.support import ROOT, Workbench, prepared, terminate
+from tests.loader.support import Workbench, environment, prepared, terminate
 from tests.loader.test_loader_faults import refused
 
 NOBODY = 65534
@@ -39,7 +39,7 @@ watches = [stub.WatchResidency(loader_pb2.WatchResidencyRequest()) for stub in s
 print(sum(len(next(watch).models) for watch in watches), flush=True)
 next(watches[0])
 """
-ENVIRONMENT = os.environ | {"PYTHONPATH": f"{ROOT}/gen:{ROOT}"}
+ENVIRONMENT = environment()
 
 
 def call_as_nobody(bench: Workbench) -> str:

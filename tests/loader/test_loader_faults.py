@@ -47,6 +47,21 @@ def test_a_full_tmpfs_is_a_status_and_leaves_nothing(bench: Workbench) -> None:
         asyncio.run(use(inside))
 
 
+@needs_mount
+def test_a_tmpfs_without_room_for_the_small_files_is_full(bench: Workbench) -> None:
+    """Not a fault of the model: RESOURCE_EXHAUSTED, and nothing stays."""
+    bench.add_model("toy")
+    (bench.folders["toy"] / "tokenizer" / "vocab.txt").write_bytes(b"a" * (300 << 10))
+
+    async def use(inside: Path) -> None:
+        async with LoaderClient(bench.address) as client:
+            await refused(prepared(client, "toy"), errors.HostMemoryFull, "No space left|MiB needed")
+            assert sorted(path.name for path in inside.iterdir()) == [".loader.sock", "loader.lock"]
+
+    with bench.loader_on_tmpfs("400k") as inside:
+        asyncio.run(use(inside))
+
+
 def test_the_budget_evicts_the_least_recently_used(bench: Workbench) -> None:
     """Room is made from what nobody uses, oldest first; nothing is evicted in vain or from a sampler."""
     for seed, name in enumerate(("a", "b", "c")):

@@ -252,7 +252,7 @@ def test_a_loader_places_its_arenas(bench: Workbench, flags: tuple[str, ...], po
             model = await prepared(client, "toy")
             with attach_component(bench, model, "transformer") as arena:
                 lines = Path("/proc/self/numa_maps").read_text().splitlines()
-                assert [line.split()[1] for line in lines if "/transformer-" in line] == [policy]
+                assert [line.split()[1] for line in lines if f"{bench.arena_dir}/transformer-" in line] == [policy]
                 assert arena.data
 
     with bench.loader(*flags) as process:

@@ -34,7 +34,8 @@ async def running(bench: Workbench, rate: int | None = None, budget: int | None 
     store = ParamStore(entries, directory, Filler(3, rate), 16384, budget)
     try:
         await store.scan()
-        await store.start()
+        await store.adopt()
+        store.begin()
         yield store
     finally:
         await store.stop()

@@ -13,7 +13,7 @@ import time
 
 from services.loader.telling import Filling, telling
 from services.rpc.loader_client import LoaderClient
-from tests.loader.support import ROOT, Workbench, prepared, tensor_bytes
+from tests.loader.support import ROOT, Workbench, environment, prepared, tensor_bytes
 
 
 class Heard:
@@ -81,8 +81,8 @@ def test_a_terminal_sees_a_bar_and_whole_log_lines(bench: Workbench) -> None:
     arguments = ["--models", str(bench.write_models()), "--listen", bench.address, "--arena-dir", str(bench.arena_dir)]
     command = [sys.executable, "-m", "services.loader", *arguments, "--extent-bytes", "16KiB", "--eager-load",
                "--max-fill-rate", "200KB"]  # fmt: skip
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}/gen:{ROOT}", "TERM": "xterm-256color", "COLUMNS": "200"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=slave)
+    variables = environment() | {"TERM": "xterm-256color", "COLUMNS": "200"}
+    process = subprocess.Popen(command, cwd=ROOT, env=variables, stderr=slave)
     os.close(slave)
     screen = b""
     deadline = time.monotonic() + 30

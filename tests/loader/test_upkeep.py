@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 from services.params.arena import attach
 from services.params.owned_arena import OwnedArena
 from services.rpc.loader_client import LoaderClient
-from tests.loader.support import ROOT, Workbench, prepared
+from tests.loader.support import ROOT, Workbench, environment, prepared
 
 
 def command(bench: Workbench, task: str) -> tuple[int, str]:
@@ -24,7 +23,7 @@ def command(bench: Workbench, task: str) -> tuple[int, str]:
         text=True,
         check=False,
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": f"{ROOT}/gen:{ROOT}"},
+        env=environment(),
     )
     return run.returncode, run.stdout + run.stderr
 
