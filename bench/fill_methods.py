@@ -206,6 +206,9 @@ WAYS = {
 }
 
 
+SOURCES = ("disk", "page cache")
+
+
 @contextmanager
 def opened(files: Sequence[Path], direct: bool) -> Iterator[dict[Path, int]]:
     flags = os.O_RDONLY | (os.O_DIRECT if direct else 0)
@@ -257,7 +260,7 @@ def rows(folder: Path, target: Path, options: argparse.Namespace) -> list[Figure
     files = weights(folder)
     found: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
     refused: dict[tuple[str, str], str] = {}
-    for _, source, (name, way) in itertools.product(range(options.rounds), ("disk", "page cache"), WAYS.items()):
+    for _, source, (name, way) in itertools.product(range(options.rounds), options.sources, WAYS.items()):
         cached = source == "page cache"
         if (cached and way.direct) or (options.only and options.only not in name):
             continue
@@ -289,6 +292,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the code")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=8)
+    parser.add_argument("--sources", nargs="+", choices=SOURCES, default=SOURCES, help="where the bytes come from")
     parser.add_argument("--only", help="ways whose name has this in it")
     options = parser.parse_args(arguments)
     with (
