@@ -24,7 +24,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 from bench import checkpoint
-from bench.common import GIB, Figures, pick_device, report, table
+from bench.common import GIB, Figures, note, pick_device, report, table
 from bench.disk import cached_pages, disk_rate, drop_page_cache, warm_up, weights
 from bench.process import cpu_s, own_bytes
 from bench.shapes import MODELS
@@ -108,6 +108,7 @@ def rounds(folder: Path, options: argparse.Namespace) -> list[Figures]:
             ratio = 2 * float(str(filled["fill_gb_s"])) / (before + after)
             told = {"from": way, "round": number, "plain_before_gb_s": before, "plain_after_gb_s": after}
             rows.append({**told, **filled, "fill_to_plain": ratio})
+            note(f"from {way}", rows[-1])
             before = after
     return rows
 
