@@ -49,7 +49,7 @@ class ParamStore:
     ) -> None:
         self._models = Models(entries, extent_bytes)
         self._filler = filler
-        self._queue = FillQueue()
+        self._queue = FillQueue(filler.fill_limit)
         self._changes = Changes()
         self._watchers = Watchers()
         self._holdings = Holdings(self._models, directory, budget_bytes, self._changes, lambda: self._watchers.names)

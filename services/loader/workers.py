@@ -6,7 +6,8 @@ from collections import Counter
 import structlog
 
 from services.errors import HeadwaterError
-from services.loader.fill import Filler, FillStopped
+from services.loader.fill import Filler
+from services.loader.pace import FillStopped
 from services.loader.progress import Changes
 from services.loader.queue import FillQueue
 from services.loader.records import Resident
@@ -28,7 +29,7 @@ async def fill_forever(queue: FillQueue, filler: Filler, changes: Changes, read_
         except Exception as error:
             _fail(resident, extent, error)
         finally:
-            resident.busy.discard(extent)
+            queue.done(resident, extent)
             changes.notify()
 
 

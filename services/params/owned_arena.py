@@ -11,7 +11,7 @@ from pathlib import Path
 from services.errors import BadArena, HostMemoryFull
 from services.params.arena import ExtentState, opened, read_front
 from services.params.header import DIGEST_BYTES, Header, Regions
-from services.params.layout import PAGE
+from services.params.layout import PAGE, round_up
 from services.params.mapping import address_of, populate
 from services.params.placement import Placement
 
@@ -94,11 +94,25 @@ class OwnedArena:
         self._set_state(extent, state)
 
     @contextmanager
-    def window(self, extent: int) -> Iterator[memoryview]:
-        """An extent's memory, mapped inside the block: to write to, or to digest. Raises HostMemoryFull."""
+    def window(self, extent: int, is_backed: bool = True) -> Iterator[memoryview]:
+        """An extent's memory, mapped inside the block: to write to, or to digest. Raises HostMemoryFull.
+
+        Without `is_backed` no part of it may be touched before `back` was called for it.
+        """
         place = self.header.layout.extents[extent]
-        with _allocating(), self._mapped(self._regions.data + place.offset, place.size_bytes) as memory:
+        with self._mapped(self._regions.data + place.offset, place.size_bytes) as memory:
+            if is_backed:
+                self.back(extent, memory, 0, place.size_bytes)
             yield memory
+
+    def back(self, extent: int, memory: memoryview, start: int, end: int) -> None:
+        """Have memory behind the bytes from `start` to `end` of an extent's window. Raises HostMemoryFull."""
+        place = self.header.layout.extents[extent]
+        with _allocating():
+            for step in range(start // PAGE * PAGE, end, _POPULATE_BYTES):
+                count = min(_POPULATE_BYTES, round_up(end, PAGE) - step)
+                if not populate(address_of(memory) + step, count):
+                    os.posix_fallocate(self._fd, self._regions.data + place.offset + step, count)
 
     def publish(self, extent: int, digest: bytes) -> None:
         """Declare an extent's data complete: the digest is stored, then the state byte."""
@@ -148,15 +162,11 @@ class OwnedArena:
 
     @contextmanager
     def _mapped(self, start: int, size_bytes: int) -> Iterator[memoryview]:
-        """Bytes of the file from a page on, with memory behind all of them. Raises OSError if there is none."""
+        """Bytes of the file from a page on."""
         mapped = mmap.mmap(self._fd, size_bytes, offset=start)
         mapped.madvise(mmap.MADV_DONTDUMP)
         try:
             with memoryview(mapped) as memory:
-                for step in range(0, size_bytes, _POPULATE_BYTES):
-                    count = min(_POPULATE_BYTES, size_bytes - step)
-                    if not populate(address_of(memory) + step, count):
-                        os.posix_fallocate(self._fd, start + step, count)
                 yield memory
         finally:
             with suppress(BufferError):  # an exception's frames have views: it is unmapped with them

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
 
 from services.loader.__main__ import main
-from services.loader.fill import Filler
+from services.loader.extent_fill import ExtentFill
+from services.loader.reads import Read
 from services.params.arena import ExtentState
 from services.params.owned_arena import OwnedArena
-from services.params.specs import Checkpoint, TensorSpec
 
 
 def adopt_by_size(self: OwnedArena) -> None:
@@ -18,15 +17,13 @@ def adopt_by_size(self: OwnedArena) -> None:
         self._set_state(extent, ExtentState.READY)
 
 
-fill = Filler._fill
+open_ = ExtentFill.open
 
 
-def flag_first(
-    self: Filler, arena: OwnedArena, checkpoint: Checkpoint, specs: Mapping[str, TensorSpec], extent: int
-) -> int:
+def flag_first(self: ExtentFill) -> list[Read]:
     """READY, and then the data."""
-    arena._set_state(extent, ExtentState.READY)
-    return fill(self, arena, checkpoint, specs, extent)
+    self._arena._set_state(self._extent, ExtentState.READY)
+    return open_(self)
 
 
 if __name__ == "__main__":
@@ -34,7 +31,7 @@ if __name__ == "__main__":
         case "size-only":
             OwnedArena.adopt = adopt_by_size  # type: ignore[method-assign]
         case "flag-first":
-            Filler._fill = flag_first  # type: ignore[method-assign]
+            ExtentFill.open = flag_first  # type: ignore[method-assign]
         case other:
             raise SystemExit(f"no mistake is called {other}")
     sys.exit(main())

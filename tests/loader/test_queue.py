@@ -27,7 +27,7 @@ def test_each_extent_is_given_out_once_most_urgent_first(tmp_path: Path) -> None
     other = resident_of(tmp_path / "other")
 
     async def use() -> None:
-        queue, wish = FillQueue(), Ticket()
+        queue, wish = FillQueue(99), Ticket()
         queue.put(resident, range(4), Urgency.EAGER, wish)
         queue.put(resident, [3, 2], Urgency.PREPARED, wish)
         queue.put(resident, [2, 1, 2], Urgency.NAMED, wish)
@@ -56,7 +56,7 @@ def test_what_nobody_wants_any_more_is_passed_over(tmp_path: Path) -> None:
     resident = resident_of(tmp_path)
 
     async def use() -> None:
-        queue, left, stays = FillQueue(), Ticket(), Ticket()
+        queue, left, stays = FillQueue(99), Ticket(), Ticket()
         queue.put(resident, range(4), Urgency.NAMED, left)
         queue.put(resident, [2], Urgency.PREPARED, stays)
         left.release()
@@ -64,3 +64,28 @@ def test_what_nobody_wants_any_more_is_passed_over(tmp_path: Path) -> None:
 
     asyncio.run(use())
     resident.arena.close()
+
+
+def test_fills_are_bounded_and_checks_are_not(tmp_path: Path) -> None:
+    """What a dead loader left is verified meanwhile; the next extent is given out when one is done."""
+    resident, left = resident_of(tmp_path), resident_of(tmp_path / "left")
+
+    async def use() -> None:
+        queue, wish = FillQueue(2), Ticket()
+        left.states[:3] = [ExtentState.VERIFYING] * 3
+        queue.put(resident, range(4), Urgency.NAMED, wish)
+        queue.put(left, range(4), Urgency.ADOPTED, wish)
+        assert [(await queue.take()) for _ in range(5)] == [
+            (resident, 0), (resident, 1), (left, 0), (left, 1), (left, 2),
+        ]  # fmt: skip
+        waiting = asyncio.create_task(queue.take())
+        await asyncio.sleep(0)
+        queue.done(left, 0)
+        await asyncio.sleep(0.01)
+        assert not waiting.done()
+        queue.done(resident, 1)
+        assert await waiting == (resident, 2)
+
+    asyncio.run(use())
+    resident.arena.close()
+    left.arena.close()

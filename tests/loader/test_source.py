@@ -12,7 +12,7 @@ import pytest
 
 from bench.disk import cached_pages
 from services.errors import BadCheckpoint, CheckpointChanged
-from services.loader.fill import Buffers
+from services.loader.buffers import Buffers
 from services.loader.source import SourceFile, Target
 from services.params.layout import PAGE
 from services.params.specs import CheckpointFile, FileIdentity

@@ -4,8 +4,8 @@ import asyncio
 import random
 import signal
 import threading
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from services import errors
 from services.loader.arenas import ArenaDir
 from services.loader.config import ModelEntry
+from services.loader.extent_fill import ExtentFill
 from services.loader.fill import Filler
+from services.loader.reads import Read
 from services.loader.records import Progress, Residency
-from services.loader.source import SourceFile
 from services.loader.store import ParamStore
 from services.params.arena import attach
 from services.params.owned_arena import OwnedArena
@@ -166,24 +167,17 @@ def test_a_change_during_the_last_extent_is_noticed(bench: Workbench, monkeypatc
     """The file is checked after the bytes are in memory and before they are published."""
     bench.add_model("toy")
     victim = bench.folders["toy"] / "text_encoder" / "model.safetensors"
-    real_window, real_read, thread = OwnedArena.window, SourceFile.read, threading.local()
+    bring = ExtentFill._bring
 
-    @contextmanager
-    def window(self: OwnedArena, extent: int) -> Iterator[memoryview]:
-        last = len(self.header.layout.extents) - 1
-        thread.fills_last = self.header.component == "text_encoder" and extent == last
-        with real_window(self, extent) as memory:
-            yield memory
-
-    def read(self: SourceFile, *arguments: Any) -> None:
-        real_read(self, *arguments)
-        if thread.fills_last:
+    def bring_and_touch(self: ExtentFill, read: Read) -> None:
+        bring(self, read)
+        header = self._arena.header
+        if header.component == "text_encoder" and self._extent == len(header.layout.extents) - 1:
             victim.touch()
 
     async def use() -> None:
         async with running(bench) as store:
-            monkeypatch.setattr(OwnedArena, "window", window)
-            monkeypatch.setattr(SourceFile, "read", read)
+            monkeypatch.setattr(ExtentFill, "_bring", bring_and_touch)
             order = [("transformer", range(13)), ("text_encoder", range(7))]
             with pytest.raises(errors.CheckpointChanged):
                 await drain(store.prepare("toy", order))
