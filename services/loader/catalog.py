@@ -90,6 +90,9 @@ def pick_weights(folder: Path, variant: str) -> Path | None:
                 if name in names:
                     return folder / name
     found = sorted(name for name in names if name.endswith(".safetensors"))
+    packed = sorted(name for name in names if name.endswith(".gguf"))
+    if not found and len(packed) == 1:
+        return folder / packed[0]
     if len(found) > 1:
         raise BadCheckpoint(f"{folder.name}: several safetensors files and none with a usual name: {found[0]}, ...")
     if not found and any(Path(name).suffix in WEIGHTS_SUFFIXES for name in names):

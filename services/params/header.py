@@ -14,12 +14,15 @@ from typing import Any
 import xxhash
 
 from services.errors import BadArena
+from services.params.gguf_header import PACKINGS
 from services.params.layout import ALIGNMENT, PAGE, Extent, Layout, PlacedTensor, round_up
 from services.params.safetensors_header import ITEM_BYTES, MAX_HEADER_BYTES
 from services.params.specs import MAX_TENSORS
 
 MAGIC = b"HWARENA\0"
 VERSION = 1
+# Words of safetensors, and of ggml.
+KINDS = ITEM_BYTES.keys() | {packing.name for packing in PACKINGS.values()}
 BYTE_ORDER = 0x01020304
 DIGEST_BYTES = 16
 MAX_MANIFEST_BYTES = 2 * MAX_HEADER_BYTES
@@ -162,6 +165,6 @@ def _parse_manifest(raw: bytes) -> tuple[str, tuple[PlacedTensor, ...]]:
 
 def _parse_row(row: list[Any]) -> PlacedTensor:
     name, dtype, shape, offset, size_bytes, extent = row
-    if dtype not in ITEM_BYTES or not all(type(item) is int for item in (*shape, offset, size_bytes, extent)):
+    if dtype not in KINDS or not all(type(item) is int for item in (*shape, offset, size_bytes, extent)):
         raise ValueError(name)
     return PlacedTensor(name, dtype, tuple(shape), offset, size_bytes, extent)

@@ -26,6 +26,8 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 from services.errors import BadCheckpoint, UnsupportedModel
 from services.params.arena import AttachedArena
 from services.sampler.gates import BoundParam, arena_bytes
+from services.sampler.names import of_diffusers, of_transformers
+from services.sampler.phantoms import Phantoms, is_packed
 from services.sampler.signatures import span_bytes
 
 DTYPES = {
@@ -117,7 +119,8 @@ def bind(name: str, entry: tuple[str, str], config: Path, arena: AttachedArena) 
     """Build one component with its params as views of the arena. Raises BadCheckpoint, UnsupportedModel."""
     class_name = entry[1]
     cls = component_class(*entry)
-    views = arena_views(arena)
+    phantoms = Phantoms(arena.tensors) if is_packed(arena.tensors) else None
+    views = arena_views(arena, phantoms)
     floats = Counter[torch.dtype]()
     for view in views.values():
         if view.is_floating_point():
@@ -135,8 +138,10 @@ def bind(name: str, entry: tuple[str, str], config: Path, arena: AttachedArena) 
         param.requires_grad_(param.is_floating_point())
     refuse_meta(name, module)
     inside, outside = sort_tensors(
-        module, arena, lambda tensor_name: reasons.get(tensor_name, "converted by the library")
+        module, arena, lambda tensor_name: reasons.get(tensor_name, "converted by the library"), phantoms
     )
+    if phantoms and outside:
+        raise UnsupportedModel(f"{name}: {outside[0].name} is packed and would have to be converted")
     return BoundComponent(name, module, arena, tuple(inside), tuple(outside), dtype)
 
 
@@ -160,11 +165,16 @@ def component_class(library: str, class_name: str) -> type[nn.Module]:
     raise UnsupportedModel(f"neither diffusers nor transformers has the class {class_name}")
 
 
-def arena_views(arena: AttachedArena) -> dict[str, torch.Tensor]:
-    """Every tensor of the arena under its checkpoint name, as it lies there. Reads no byte of it."""
+def arena_views(arena: AttachedArena, phantoms: Phantoms | None = None) -> dict[str, torch.Tensor]:
+    """Every tensor of the arena under its checkpoint name, as it lies there; those that are packed as phantoms.
+
+    Reads no byte of it.
+    """
     data = arena_bytes(arena)
-    views = {}
+    views = phantoms.views() if phantoms else {}
     for tensor in arena.tensors:
+        if tensor.name in views:
+            continue
         if tensor.dtype not in DTYPES:
             raise BadCheckpoint(f"{tensor.name} is {tensor.dtype}, which no pipeline here computes with")
         flat = data[tensor.offset : tensor.offset + tensor.size_bytes].view(DTYPES[tensor.dtype])
@@ -183,6 +193,7 @@ def bind_diffusers(
         module: Any = cls.from_config(cls.load_config(str(config)))
     if hasattr(module, "_fix_state_dict_keys_on_load"):
         module._fix_state_dict_keys_on_load(views)
+    views = of_diffusers(cls, views, module.state_dict(), module.config)
     missing = module.load_state_dict(views, assign=True, strict=False).missing_keys
     if missing:
         raise ValueError(f"{len(missing)} tensors are not in the checkpoint, e.g. {', '.join(missing[:3])}")
@@ -199,10 +210,11 @@ def bind_transformers(
     cls: Any, config: Path, views: dict[str, torch.Tensor], dtype: torch.dtype
 ) -> tuple[nn.Module, Reasons]:
     """A transformers model over `views`, names mapped by its own loader."""
+    its_config = cls.config_class.from_pretrained(str(config))
     module, info = cls.from_pretrained(
         None,
-        config=cls.config_class.from_pretrained(str(config)),
-        state_dict=views,
+        config=its_config,
+        state_dict=of_transformers(cls, views, its_config),
         dtype=dtype,
         output_loading_info=True,
         local_files_only=True,
@@ -230,7 +242,7 @@ def refuse_meta(name: str, module: nn.Module) -> None:
 
 
 def sort_tensors(
-    module: nn.Module, arena: AttachedArena, reason: Callable[[str], str]
+    module: nn.Module, arena: AttachedArena, reason: Callable[[str], str], phantoms: Phantoms | None = None
 ) -> tuple[list[BoundParam], list[Outside]]:
     """Tell tensors with bytes in the arena from those outside; buffers that the code itself makes are not params."""
     data = arena_bytes(arena)
@@ -244,6 +256,9 @@ def sort_tensors(
         if base <= tensor.data_ptr() < end and size:
             view = tensor.detach()
             inside[id(tensor)] = BoundParam(tensor, tensor.data_ptr() - base, size, view)
+        elif phantoms and phantoms.holds(tensor):
+            packed = phantoms.origin(tensor)
+            inside[id(tensor)] = BoundParam(tensor, packed.offset, packed.size_bytes, tensor.detach(), packed.packing)
         elif id(tensor) in params:
             outside[id(tensor)] = Outside(name, size, reason(name))
     return list(inside.values()), list(outside.values())

@@ -21,12 +21,17 @@ HOST_LOOKUP_BYTES = 64 << 20
 
 @dataclass(eq=False, slots=True)
 class BoundParam:
-    """A parameter (or buffer) whose bytes lie in an arena."""
+    """A parameter (or buffer) whose bytes lie in an arena.
+
+    `view` has its shape, stride and dtype. It is the bytes as they lie in the arena, unless they are packed there: then
+    it has no bytes.
+    """
 
     tensor: torch.Tensor
     offset: int  # of its first byte in the arena's data
     size_bytes: int
-    view: torch.Tensor  # the bytes as they lie in the arena: shape, stride and dtype
+    view: torch.Tensor
+    packing: str = ""  # how the bytes in the arena have to be unpacked; "": not at all
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,16 +57,22 @@ class Gate:
     passes: int = 1  # how often a request passes it, roughly
     copies: tuple[Copy, ...] = ()
     size_bytes: int = 0  # of a slot that holds it
-    places: tuple[int, ...] = ()  # of each param in the slot
+    places: tuple[int, ...] = ()  # of each param in the slot, as it is computed with
+    arrivals: tuple[int, ...] = ()  # of each param's bytes in the slot, as they come from the arena
     extents: tuple[int, ...] = ()
     _waiting: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.copies, self.places, self.size_bytes = lay_out(self.params)
+        self.copies, self.arrivals, end = lay_out(self.params)
+        self.places, self.size_bytes = make_room(self.params, self.arrivals, end)
         self.extents = tuple(
             sorted({e for p in self.params for e in extents_in(self.arena.extents, p.offset, p.size_bytes)})
         )
         self._waiting = list(self.extents)
+
+    @property
+    def is_packed(self) -> bool:
+        return any(param.packing for param in self.params)
 
     def is_ready(self) -> bool:
         """Whether every byte is in the arena. One list check once it was true."""
@@ -110,6 +121,16 @@ def lay_out(params: tuple[BoundParam, ...]) -> tuple[tuple[Copy, ...], tuple[int
         copies.append(Copy(start, end - start, at))
     places = tuple(next(c.at + p.offset - c.offset for c in copies if holds(c, p)) for p in params)
     return tuple(copies), places, round_up(copies[-1].at + copies[-1].size_bytes) if copies else 0
+
+
+def make_room(params: tuple[BoundParam, ...], arrivals: tuple[int, ...], end: int) -> tuple[tuple[int, ...], int]:
+    """Places behind `end` for what has to be unpacked; (place of each param in the slot, bytes of the slot). Pure."""
+    places = list(arrivals)
+    for number, param in enumerate(params):
+        if param.packing:
+            places[number] = end
+            end = round_up(end + param.view.numel() * param.view.element_size())
+    return tuple(places), end
 
 
 def merge_ranges(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:

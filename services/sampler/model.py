@@ -91,7 +91,8 @@ class AttachedModel:
         for name, module in modules:
             tensors = itertools.chain(module.parameters(), module.buffers())
             params = tuple(by_tensor[id(t)] for t in tensors if id(t) in by_tensor)
-            host = self.engine.transfer.device.type == "cuda" and is_host_lookup(module)
+            is_packed = any(param.packing for param in params)
+            host = self.engine.transfer.device.type == "cuda" and is_host_lookup(module) and not is_packed
             if params:
                 passes = 1 if is_encoder(component.name) else DENOISE_PASSES
                 self.gates.append(Gate(component.name, name, module, component.arena, params, host=host, passes=passes))

@@ -185,6 +185,7 @@ class Ring:
             assert slot.arrived is not None
             torch.cuda.current_stream(self.device).wait_event(slot.arrived)
             slot.is_arriving = False
+        slot.unpack(gate)
         if not slot.is_bound:
             slot.is_bound = True
             for param, view in zip(gate.params, slot.views(gate), strict=True):
@@ -289,7 +290,7 @@ class Ring:
         """Copy a gate into a slot, once what last read that is done."""
         if slot.staging is not None:
             slot.staging.result()
-        slot.gate, slot.is_bound, slot.staging = gate, False, None
+        slot.gate, slot.is_bound, slot.is_unpacked, slot.staging = gate, False, False, None
         source, pieces = self._sources[gate.arena], self._pieces[gate]
         self.streamed_bytes += sum(size for _, size, _ in pieces)
         if self._copies is None or slot.arrived is None:

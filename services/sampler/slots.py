@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from services.sampler.gates import Gate
+from services.sampler.packed import unpack
 from services.sampler.residency import SlotPlan
 from services.sampler.signatures import span_bytes
 
@@ -21,6 +22,7 @@ class Slot:
     free: torch.cuda.Event | None = None  # kernels that read them are done
     gate: Gate | None = None
     is_bound: bool = False  # whether the gate's params are views of this memory now
+    is_unpacked: bool = False  # whether what came packed was unpacked
     is_arriving: bool = False  # nobody has waited for `arrived` yet
     was_left: bool = False  # `free` was recorded
     staging: Future[None] | None = None  # copies that another thread has yet to launch
@@ -35,6 +37,16 @@ class Slot:
                     place_view(self.memory, at, p.view) for p, at in zip(gate.params, gate.places, strict=True)
                 )
         return self.bound[gate]
+
+    def unpack(self, gate: Gate) -> None:
+        """Unpack what came packed, once for all who find it here."""
+        if self.is_unpacked or not gate.is_packed:
+            return
+        for param, at, view in zip(gate.params, gate.arrivals, self.views(gate), strict=True):
+            if param.packing:
+                raw = self.memory[at : at + param.size_bytes]
+                unpack(raw, param.packing, tuple(view.shape), view.dtype, out=view)
+        self.is_unpacked = True
 
     def forget(self, gates: set[Gate]) -> None:
         """Drop gates that are no more, and with them what keeps their arenas mapped."""

@@ -11,7 +11,8 @@ from typing import Protocol
 
 import torch
 
-from services.sampler.gates import Gate
+from services.sampler.gates import Absent, BoundParam, Gate, arena_bytes
+from services.sampler.packed import unpack
 
 
 class Transfer(Protocol):
@@ -57,12 +58,18 @@ class Transfer(Protocol):
 
 
 class ArenaViews:
-    """A CPU computes on the arena itself: params stay bound to their views, zero copies."""
+    """A CPU computes on the arena itself: params stay bound to their views, zero copies.
+
+    What is packed there is unpacked into memory of its own while its gate is open.
+    """
 
     way = "arena views"
     work_limit_bytes = 1 << 62
     device = torch.device("cpu")
     streamed_bytes = 0
+
+    def __init__(self) -> None:
+        self._absent = Absent(self.device)
 
     def bind_thread(self) -> None:
         pass
@@ -74,16 +81,24 @@ class ArenaViews:
         pass
 
     def enter(self, gate: Gate) -> None:
-        pass
+        if gate.is_packed:
+            for param, view in zip(gate.params, self.views(gate), strict=True):
+                param.tensor.data = view
 
     def leave(self, gate: Gate) -> None:
-        pass
+        if gate.is_packed and not gate.pinned:
+            for param in gate.params:
+                param.tensor.data = self._absent.like(param.view) if param.packing else param.view
 
     def prefetch(self, gate: Gate, upcoming: Iterator[Gate]) -> None:
         pass
 
     def views(self, gate: Gate) -> tuple[torch.Tensor, ...]:
-        return tuple(p.view for p in gate.params)
+        if not gate.is_packed:
+            return tuple(p.view for p in gate.params)
+        data = arena_bytes(gate.arena)
+        with torch.inference_mode(False):  # params outlive the request that first needed them
+            return tuple(unpacked(param, data) for param in gate.params)
 
     def streamed_bytes_of(self, gate: Gate) -> int:
         return 0
@@ -99,3 +114,11 @@ class ArenaViews:
 
     def make_way(self) -> bool:
         return False
+
+
+def unpacked(param: BoundParam, data: torch.Tensor) -> torch.Tensor:
+    """A param as it is computed with; `data` (uint8) is its whole arena's."""
+    if not param.packing:
+        return param.view
+    raw = data[param.offset : param.offset + param.size_bytes]
+    return unpack(raw, param.packing, tuple(param.view.shape), param.view.dtype)
