@@ -1,8 +1,9 @@
 """Types of 256 numbers a block, whose runs of 16 or 32 have small integer scales under one float16 scale.
 
 Source: block_q2_K to block_q6_K in ggml-common.h, dequantize_row_* in ggml-quants.c. Each function takes uint8 of shape
-(blocks, bytes of a block) and gives float32 of shape (blocks, 256). The float16 scale meets the integer scale first,
-and the number then; products are rounded to float32 before a minimum is taken off.
+(blocks, bytes of a block) and gives float32 of shape (blocks, 256). A product is exact in float32: 11 bits of a
+float16 and at most 12 of the integers. Only taking off a minimum rounds, so nothing depends on the order or on fused
+operations.
 """
 
 from __future__ import annotations
