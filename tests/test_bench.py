@@ -271,6 +271,15 @@ def test_flag_check(run: Any) -> None:
         assert figures[key] > 0
 
 
+def test_unpack(run: Any) -> None:
+    """Every packing; all of them are written."""
+    figures = run("unpack")
+    packings = [row["packing"] for row in figures["rows"]]
+    assert {"Q8_0", "Q4_K", "IQ1_M", "NVFP4", "BF16", "F8_E4M3"} <= set(packings)
+    assert len(set(packings)) == len(packings)
+    assert all(row["gb_s"] > 0 and row["to_copy"] > 0 for row in figures["rows"])
+
+
 def test_abuse(run: Any) -> None:
     figures = run("abuse")
     assert figures["all_refused"] is True
