@@ -4,6 +4,7 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -12,7 +13,8 @@ from headwater.loader.v1 import loader_pb2_grpc
 
 from services.loader import preflight, upkeep
 from services.loader.arenas import ArenaDir
-from services.loader.config import Config, ConfigError, Upkeep, parse_args
+from services.loader.config import Config, Upkeep, parse_args
+from services.loader.entries import ConfigError, read_entries
 from services.loader.fill import Filler
 from services.loader.pressure import relieving
 from services.loader.reload import Reload
@@ -85,7 +87,7 @@ async def _listening(server: grpc.aio.Server, address: str, inner: Path) -> Asyn
 async def _run(config: Config, server: grpc.aio.Server, address: str, directory: ArenaDir) -> None:
     filler = Filler(config.fill_threads, config.max_fill_rate, config.buffered_io)
     store = ParamStore(config.models, directory, filler, config.extent_bytes, config.host_budget_bytes)
-    reload = Reload(config.models_file, store, config.eager_load)
+    reload = Reload(partial(read_entries, config.models_file, config.added), store, config.eager_load)
     loader_pb2_grpc.add_LoaderServiceServicer_to_server(LoaderService(store, reload), server)
     health = add_health(server, SERVICE)
     add_reflection(server, SERVICE)

@@ -14,27 +14,27 @@ DENOISER_PREFIX = "model.diffusion_model."
 class Role(StrEnum):
     """What a file can be to a pipeline."""
 
-    DENOISER = "a denoiser"
-    TEXT_ENCODER = "a text encoder"
-    VISION_TOWER = "the vision tower of a text encoder"
-    VAE = "a VAE"
-    LORA = "a LoRA"
-    ALL_IN_ONE = "an all-in-one checkpoint"
+    DENOISER = "denoiser"
+    TEXT_ENCODER = "text encoder"
+    VISION_TOWER = "vision tower of a text encoder"
+    VAE = "VAE"
+    LORA = "LoRA"
+    ALL_IN_ONE = "all-in-one checkpoint"
     UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """What was recognised; `name` is empty where only the role is known."""
+    """What was recognised. `name` is empty if it is not known."""
 
     name: str
     role: Role
 
     def __str__(self) -> str:
-        return ", ".join(word for word in (self.name, self.role if self.role is not Role.UNKNOWN else "") if word)
+        return f"{self.name} ({self.role})" if self.name else self.role
 
 
-UNKNOWN = Architecture("unknown", Role.UNKNOWN)
+UNKNOWN = Architecture("", Role.UNKNOWN)
 
 # (marks that must all be there, name), the more particular first.
 _ADAPTERS = ("lora_A.", "lora_B.", "lora_up.", "lora_down.", "lora.up.", "lora.down.", ".lokr_w", ".hada_w")
