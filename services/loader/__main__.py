@@ -11,9 +11,9 @@ import grpc
 import structlog
 from headwater.loader.v1 import loader_pb2_grpc
 
-from services.loader import preflight, upkeep
+from services.loader import inspection, preflight, upkeep
 from services.loader.arenas import ArenaDir
-from services.loader.config import Config, Upkeep, parse_args
+from services.loader.config import Config, Inspect, Upkeep, parse_args
 from services.loader.entries import ConfigError, read_entries
 from services.loader.fill import Filler
 from services.loader.pressure import relieving
@@ -38,11 +38,13 @@ _log = structlog.get_logger()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a loader, or look after its folder; 0 after a signal, 1 for what the operator has to mend."""
+    """Run a loader, look after its folder, or look at files; 0 after a signal, 1 for what the operator has to mend."""
     try:
         config = parse_args(argv)
         if isinstance(config, Upkeep):
             return upkeep.run(config)
+        if isinstance(config, Inspect):
+            return inspection.run(config)
         logs.configure(config.log_format, config.log_level)
         asyncio.run(_serve(config))
     except ConfigError as error:

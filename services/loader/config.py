@@ -50,10 +50,23 @@ class Upkeep:
     fill_threads: int
 
 
-def parse_args(argv: Sequence[str] | None = None) -> Config | Upkeep:
+@dataclass(frozen=True, slots=True)
+class Inspect:
+    """Files and folders to be described in place of serving."""
+
+    paths: tuple[Path, ...]
+    as_json: bool
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Config | Upkeep | Inspect:
     """What a command line asks for. Raises ConfigError; argparse exits by itself for a wrong flag."""
     parser = _parser()
     args = vars(parser.parse_args(argv))
+    inspected, as_json = args.pop("inspect"), args.pop("json")
+    if as_json and not inspected:
+        parser.error("--json goes with --inspect")
+    if inspected:
+        return Inspect(tuple(inspected), as_json)
     if task := args.pop("task"):
         return Upkeep(task, args["arena_dir"], args["fill_threads"])
     file, texts = args.pop("models"), args.pop("add")
@@ -131,6 +144,9 @@ def _parser() -> argparse.ArgumentParser:
     task = parser.add_mutually_exclusive_group()
     for name, text in (("check", "compare all that is filled with its digests"), ("clean", "remove what nobody owns")):
         task.add_argument(f"--{name}", dest="task", action="store_const", const=name, help=f"{text}, and do not serve")
+    task.add_argument("--inspect", type=Path, nargs="+", metavar="PATH",
+        help="tell what checkpoint files and model folders hold, and do not serve")  # fmt: skip
+    add("--json", action="store_true", help="with --inspect: print one JSON document")
     add("--arena-dir", type=Path, default=Path("/dev/shm/headwater"), help="folder on a tmpfs (default: %(default)s)")
     add("--allow-disk", action="store_true", help="accept an arena folder that is not on a tmpfs")
     add("--eager-load", action="store_true", help="fill all models now, not when they are asked for")
