@@ -4,15 +4,17 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import grpc
 import structlog
 from headwater.loader.v1 import loader_pb2_grpc
 
-from services.loader import preflight, upkeep
+from services.loader import inspection, preflight, upkeep
 from services.loader.arenas import ArenaDir
-from services.loader.config import Config, ConfigError, Upkeep, parse_args
+from services.loader.config import Config, Inspect, Upkeep, parse_args
+from services.loader.entries import ConfigError, read_entries
 from services.loader.fill import Filler
 from services.loader.pressure import relieving
 from services.loader.reload import Reload
@@ -36,11 +38,13 @@ _log = structlog.get_logger()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a loader, or look after its folder; 0 after a signal, 1 for what the operator has to mend."""
+    """Run a loader, look after its folder, or look at files; 0 after a signal, 1 for what the operator has to mend."""
     try:
         config = parse_args(argv)
         if isinstance(config, Upkeep):
             return upkeep.run(config)
+        if isinstance(config, Inspect):
+            return inspection.run(config)
         logs.configure(config.log_format, config.log_level)
         asyncio.run(_serve(config))
     except ConfigError as error:
@@ -85,7 +89,7 @@ async def _listening(server: grpc.aio.Server, address: str, inner: Path) -> Asyn
 async def _run(config: Config, server: grpc.aio.Server, address: str, directory: ArenaDir) -> None:
     filler = Filler(config.fill_threads, config.max_fill_rate, config.buffered_io)
     store = ParamStore(config.models, directory, filler, config.extent_bytes, config.host_budget_bytes)
-    reload = Reload(config.models_file, store, config.eager_load)
+    reload = Reload(partial(read_entries, config.models_file, config.added), store, config.eager_load)
     loader_pb2_grpc.add_LoaderServiceServicer_to_server(LoaderService(store, reload), server)
     health = add_health(server, SERVICE)
     add_reflection(server, SERVICE)

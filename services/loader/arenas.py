@@ -17,7 +17,7 @@ import structlog
 from services.errors import BadCheckpoint, HeadwaterError, HostMemoryFull
 from services.loader import cgroup
 from services.loader.catalog import ComponentSource, ModelSource
-from services.loader.config import ConfigError
+from services.loader.entries import ConfigError
 from services.loader.mounts import mount_of
 from services.loader.ownership import check_own, missing_rights
 from services.params.arena import discard

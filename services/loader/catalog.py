@@ -1,12 +1,12 @@
 """What a diffusers folder holds: components with params, and the small files around them.
 
 Reads model_index.json, checkpoint headers and directory listings. Knows no architecture: a component is a subfolder
-that model_index.json names and that holds safetensors.
+that model_index.json names and that holds safetensors or GGUF, or for which the operator names files.
 """
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from typing import Any
 import xxhash
 
 from services.errors import BadCheckpoint
-from services.loader.config import ModelEntry
+from services.loader.entries import ModelEntry
+from services.loader.weights import WEIGHTS_SUFFIXES, pick_files, read_named
 from services.params.checkpoint import read_checkpoint
 from services.params.header import VERSION
 from services.params.layout import Layout, place
@@ -23,15 +24,6 @@ from services.params.specs import Checkpoint
 MAX_SMALL_FILE_BYTES = 64 << 20
 MAX_SMALL_FILES = 2_000
 MAX_INDEX_BYTES = 1 << 20
-
-WEIGHTS_SUFFIXES = frozenset(
-    {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".gguf", ".msgpack", ".h5", ".onnx", ".onnx_data"}
-)
-# Files that tell a tokenizer, processor or scheduler, which have no params, from a model.
-_NO_MODEL = frozenset(
-    {"tokenizer_config.json", "preprocessor_config.json", "processor_config.json", "scheduler_config.json"}
-)
-_STEMS = ("diffusion_pytorch_model", "model")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,67 +52,38 @@ class ModelSource:
 def read_model(entry: ModelEntry, extent_bytes: int) -> ModelSource:
     """Read a model's folder. Raises BadCheckpoint, with names inside the model only."""
     try:
-        index = _read_index(entry.folder)
-        parts = sorted(name for name, value in index.items() if _is_part(name, value))
-        picked = {name: path for name in parts if (path := pick_weights(entry.folder / name, entry.variant))}
+        index = read_index(entry.folder)
+        parts = parts_of(index)
+        picked = pick_files(entry.folder, parts, entry.variant, entry.files)
         small = tuple(_small_files(entry.folder, parts))
         small_digest = _digest_of(small)
     except OSError as error:
         raise BadCheckpoint(f"a file of the model cannot be read: {os.strerror(error.errno or 0)}") from error
     if not picked:
-        raise BadCheckpoint("no component of the model has safetensors files")
-    if entry.variant and not any(_has_variant(path, entry.variant) for path in picked.values()):
-        raise BadCheckpoint(f'no component has files of the variant "{entry.variant}"')
-    components = tuple(_component(name, path, extent_bytes) for name, path in picked.items())
+        raise BadCheckpoint("no component of the model has safetensors or GGUF files")
+    _check_variant(entry.variant, picked.values())
+    checkpoints = {
+        name: read_named(name, paths) if name in entry.files else _read_own(name, paths[0])
+        for name, paths in picked.items()
+    }
+    components = tuple(_component(name, checkpoint, extent_bytes) for name, checkpoint in checkpoints.items())
     return ModelSource(str(index.get("_class_name", "")), components, small, small_digest)
 
 
-def pick_weights(folder: Path, variant: str) -> Path | None:
-    """The index or file that holds a component's params; None if the component has none.
-
-    In this order: with the variant, then without; shards before a single file; diffusers' name before transformers';
-    else the only safetensors file there is.
-    """
-    if not folder.is_dir():
-        raise BadCheckpoint(f"{folder.name}: named by model_index.json, but the folder is missing")
-    names = {path.name for path in folder.iterdir() if path.is_file()}
-    for word in dict.fromkeys((variant, "")):
-        for stem in _STEMS:
-            for name in _candidates(stem, word):
-                if name in names:
-                    return folder / name
-    found = sorted(name for name in names if name.endswith(".safetensors"))
-    packed = sorted(name for name in names if name.endswith(".gguf"))
-    if not found and len(packed) == 1:
-        return folder / packed[0]
-    if len(found) > 1:
-        raise BadCheckpoint(f"{folder.name}: several safetensors files and none with a usual name: {found[0]}, ...")
-    if not found and any(Path(name).suffix in WEIGHTS_SUFFIXES for name in names):
-        raise BadCheckpoint(f"{folder.name}: weights, but no safetensors: convert them (pickles are never opened)")
-    if not found and "config.json" in names and not names & _NO_MODEL:
-        raise BadCheckpoint(f"{folder.name}: a model's config.json, but no safetensors file")
-    return folder / found[0] if found else None
+def _check_variant(variant: str, picked: Iterable[Sequence[Path]]) -> None:
+    if variant and not any(variant in path.name.split(".") for paths in picked for path in paths):
+        raise BadCheckpoint(f'no component has files of the variant "{variant}"')
 
 
-def _candidates(stem: str, variant: str) -> tuple[str, ...]:
-    if not variant:
-        return f"{stem}.safetensors.index.json", f"{stem}.safetensors"
-    return (
-        f"{stem}.safetensors.index.{variant}.json",
-        f"{stem}.{variant}.safetensors.index.json",
-        f"{stem}.{variant}.safetensors",
-    )
-
-
-def _has_variant(path: Path, variant: str) -> bool:
-    return variant in path.name.split(".")
-
-
-def _component(name: str, path: Path, extent_bytes: int) -> ComponentSource:
+def _read_own(name: str, path: Path) -> Checkpoint:
+    """The checkpoint in a component's own folder."""
     try:
-        checkpoint = read_checkpoint(path)
+        return read_checkpoint(path)
     except BadCheckpoint as error:
         raise BadCheckpoint(f"{name}/{error}") from error
+
+
+def _component(name: str, checkpoint: Checkpoint, extent_bytes: int) -> ComponentSource:
     identity = identity_of(checkpoint, extent_bytes)
     return ComponentSource(name, checkpoint, place(checkpoint.tensors, extent_bytes), identity)
 
@@ -132,7 +95,13 @@ def identity_of(checkpoint: Checkpoint, extent_bytes: int) -> str:
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
+def parts_of(index: Mapping[str, Any]) -> list[str]:
+    """Names of what a model_index.json names, sorted, components with and without params. Raises BadCheckpoint."""
+    return sorted(name for name, value in index.items() if _is_part(name, value))
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """A folder's model_index.json. Raises BadCheckpoint, OSError."""
     path = folder / "model_index.json"
     if not path.is_file():
         raise BadCheckpoint("the model's folder has no model_index.json")

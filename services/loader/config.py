@@ -1,46 +1,29 @@
-"""What the operator says: flags and models.toml, checked once, at start. The only reader of either."""
+"""The loader's command line: flags, checked once, at start."""
 
 import argparse
 import os
 import re
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from services.loader.entries import ModelEntry, parse_added, read_entries
 from services.params.layout import EXTENT_BYTES, PAGE
 from services.params.placement import Placement, parse_placement
 from services.rpc.logs import LOG_FORMATS, LOG_LEVELS, LogFormat
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40}
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
-
-class ConfigError(Exception):
-    """A flag or a line of models.toml that cannot work; the message is for the operator and may name paths."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelEntry:
-    """One table of models.toml. `variant` is diffusers' word: `fp16` picks `model.fp16.safetensors`.
-
-    pin: once in memory its components stay there until an operator evicts them.
-    """
-
-    name: str
-    folder: Path
-    variant: str = ""
-    pin: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """All settings of a loader."""
+    """All settings of a loader. `models` are those of `models_file` and those that were `added` by flags."""
 
     models: tuple[ModelEntry, ...]
-    models_file: Path
+    models_file: Path | None
+    added: tuple[ModelEntry, ...]
     listen: str
     allowed_users: tuple[int, ...]
     arena_dir: Path
@@ -67,31 +50,31 @@ class Upkeep:
     fill_threads: int
 
 
-def parse_args(argv: Sequence[str] | None = None) -> Config | Upkeep:
+@dataclass(frozen=True, slots=True)
+class Inspect:
+    """Files and folders to be described in place of serving."""
+
+    paths: tuple[Path, ...]
+    as_json: bool
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Config | Upkeep | Inspect:
     """What a command line asks for. Raises ConfigError; argparse exits by itself for a wrong flag."""
     parser = _parser()
     args = vars(parser.parse_args(argv))
+    inspected, as_json = args.pop("inspect"), args.pop("json")
+    if as_json and not inspected:
+        parser.error("--json goes with --inspect")
+    if inspected:
+        return Inspect(tuple(inspected), as_json)
     if task := args.pop("task"):
         return Upkeep(task, args["arena_dir"], args["fill_threads"])
-    if missing := [f"--{name}" for name in ("models", "listen") if args[name] is None]:
-        parser.error(f"the following arguments are required: {', '.join(missing)}")
-    file = args.pop("models")
-    return Config(models=read_models(file), models_file=file, allowed_users=tuple(args.pop("allow_uid")), **args)
-
-
-def read_models(path: Path) -> tuple[ModelEntry, ...]:
-    """The models of a models.toml, sorted by name; folders are relative to it. Raises ConfigError."""
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"{path} is no valid TOML: {error}") from error
-    _check_keys(f"{path}", document, {"models"})
-    models = document.get("models")
-    if not isinstance(models, dict) or not models:
-        raise ConfigError(f"{path} has no [models.NAME] table")
-    return tuple(_entry(path, name, table) for name, table in sorted(models.items()))
+    file, texts = args.pop("models"), args.pop("add")
+    if args["listen"] is None or not (file or texts):
+        parser.error("--listen is required, and --models or --add")
+    added = tuple(map(parse_added, texts))
+    users = tuple(args.pop("allow_uid"))
+    return Config(models=read_entries(file, added), models_file=file, added=added, allowed_users=users, **args)
 
 
 def parse_size(text: str) -> int:
@@ -100,26 +83,6 @@ def parse_size(text: str) -> int:
     if not match or match[2].upper() not in _UNITS:
         raise ValueError(f"{text!r} is no size such as 64GiB or 100MB")
     return int(float(match[1]) * _UNITS[match[2].upper()])
-
-
-def _entry(path: Path, name: str, table: object) -> ModelEntry:
-    where = f"{path}: models.{name}"
-    if not _NAME.fullmatch(name):
-        raise ConfigError(f"{where}: a name is up to 64 letters, digits, dots, dashes and underscores")
-    if not isinstance(table, dict) or not isinstance(table.get("folder"), str):
-        raise ConfigError(f'{where} needs folder = "..."')
-    _check_keys(where, table, {"folder", "variant", "pin"})
-    variant, pin = table.get("variant", ""), table.get("pin", False)
-    if not isinstance(variant, str) or (variant and not _NAME.fullmatch(variant)):
-        raise ConfigError(f'{where}: variant is a word such as "fp16"')
-    if not isinstance(pin, bool):
-        raise ConfigError(f"{where}: pin is true or false")
-    return ModelEntry(name, (path.parent / table["folder"]).absolute(), variant, pin)
-
-
-def _check_keys(where: str, table: dict[str, object], known: set[str]) -> None:
-    if unknown := sorted(table.keys() - known):
-        raise ConfigError(f"{where}: unknown key {', '.join(unknown)} (known: {', '.join(sorted(known))})")
 
 
 def _size(text: str) -> int:
@@ -173,12 +136,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--models", type=Path, help="models.toml: a table [models.NAME] with folder = ... for each model")
+    add("--add", action="append", default=[], metavar="NAME=PATH",
+        help="serve this diffusers folder too, without a line in models.toml; may be repeated")  # fmt: skip
     add("--listen", metavar="ADDRESS", help="unix:/path (mode 0660) or host:port")
     add("--allow-uid", type=int, action="append", default=[], metavar="UID",
         help="let this user call over the socket too; may be repeated (always: the loader's own, root)")  # fmt: skip
     task = parser.add_mutually_exclusive_group()
     for name, text in (("check", "compare all that is filled with its digests"), ("clean", "remove what nobody owns")):
         task.add_argument(f"--{name}", dest="task", action="store_const", const=name, help=f"{text}, and do not serve")
+    task.add_argument("--inspect", type=Path, nargs="+", metavar="PATH",
+        help="tell what checkpoint files and model folders hold, and do not serve")  # fmt: skip
+    add("--json", action="store_true", help="with --inspect: print one JSON document")
     add("--arena-dir", type=Path, default=Path("/dev/shm/headwater"), help="folder on a tmpfs (default: %(default)s)")
     add("--allow-disk", action="store_true", help="accept an arena folder that is not on a tmpfs")
     add("--eager-load", action="store_true", help="fill all models now, not when they are asked for")

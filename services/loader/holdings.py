@@ -13,7 +13,7 @@ from services.errors import BadCheckpoint, HeadwaterError, Leased
 from services.loader.admission import Admission
 from services.loader.arenas import ArenaDir
 from services.loader.catalog import ModelSource
-from services.loader.config import ModelEntry
+from services.loader.entries import ModelEntry
 from services.loader.models import Models, Reloaded
 from services.loader.progress import Changes
 from services.loader.reaper import Reaper

@@ -11,7 +11,7 @@ import structlog
 
 from services.errors import BadCheckpoint, UnknownModel
 from services.loader.catalog import ModelSource, read_model
-from services.loader.config import ModelEntry
+from services.loader.entries import ModelEntry
 from services.loader.records import ModelRecord, Resident
 from services.params.specs import FileIdentity
 

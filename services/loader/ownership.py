@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from services.loader.config import ConfigError
+from services.loader.entries import ConfigError
 
 
 def check_own(folder: Path) -> None:

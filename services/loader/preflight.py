@@ -16,7 +16,8 @@ from pathlib import Path
 import structlog
 
 from services.loader.cgroup import UNLIMITED, MemoryGroup, memory_groups
-from services.loader.config import Config, ConfigError
+from services.loader.config import Config
+from services.loader.entries import ConfigError
 from services.loader.mounts import Mount, mount_of
 from services.params.layout import PAGE
 from services.params.placement import Placement, online_nodes

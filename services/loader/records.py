@@ -7,7 +7,7 @@ from enum import Enum
 
 from services.errors import HeadwaterError
 from services.loader.catalog import ComponentSource, ModelSource
-from services.loader.config import ModelEntry
+from services.loader.entries import ModelEntry
 from services.params.arena import ExtentState
 from services.params.owned_arena import OwnedArena
 from services.params.specs import TensorSpec

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import structlog
 
 from services.errors import BadConfig, HeadwaterError
-from services.loader.config import ConfigError, read_models
+from services.loader.entries import ConfigError, ModelEntry
 from services.loader.models import Reloaded
 from services.loader.store import ParamStore
 
@@ -19,10 +18,13 @@ _log = structlog.get_logger()
 
 
 class Reload:
-    """Call it to have the store take over what the file says now. eager: fill what is new at once."""
+    """Call it to have the store take over what `read_entries` gives now, which raises ConfigError.
 
-    def __init__(self, file: Path, store: ParamStore, eager: bool) -> None:
-        self._file = file
+    eager: fill what is new at once.
+    """
+
+    def __init__(self, read_entries: Callable[[], tuple[ModelEntry, ...]], store: ParamStore, eager: bool) -> None:
+        self._read_entries = read_entries
         self._store = store
         self._eager = eager
         self._tasks: set[asyncio.Task[None]] = set()
@@ -30,7 +32,7 @@ class Reload:
     async def __call__(self) -> Reloaded:
         """Raises BadConfig, with nothing changed."""
         try:
-            entries = await asyncio.to_thread(read_models, self._file)
+            entries = await asyncio.to_thread(self._read_entries)
         except ConfigError as error:
             _log.error("models.toml cannot be used, nothing was changed", reason=str(error))
             text = "models.toml cannot be used, nothing was changed: the loader's log says why"

@@ -16,7 +16,7 @@ import structlog
 
 from services.errors import HeadwaterError, HostMemoryFull, ShuttingDown
 from services.loader.arenas import ArenaDir
-from services.loader.config import ModelEntry
+from services.loader.entries import ModelEntry
 from services.loader.fill import Filler
 from services.loader.holdings import Holdings
 from services.loader.models import Models, Reloaded, has_changed

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from services.errors import HeadwaterError
 from services.loader.arenas import ARENA_SUFFIX, ArenaDir
-from services.loader.config import ConfigError, Upkeep
+from services.loader.config import Upkeep
+from services.loader.entries import ConfigError
 from services.loader.fill import Filler
 from services.params.arena import ExtentState
 from services.params.owned_arena import OwnedArena

@@ -4,8 +4,10 @@ Reads headers only; tensor bytes are read by the loader's fill.
 """
 
 import os
+import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import xxhash
@@ -39,6 +41,22 @@ def read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(tuple(files), tuple(tensors))
 
 
+def joined(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
+    """One checkpoint of at least one, whose tensors have names of their own. Raises BadCheckpoint."""
+    files: list[CheckpointFile] = []
+    tensors: dict[str, TensorSpec] = {}
+    for checkpoint in checkpoints:
+        for tensor in checkpoint.tensors:
+            if twin := tensors.get(tensor.name):
+                names = f"{files[twin.file].path.name} and {checkpoint.files[tensor.file].path.name}"
+                raise BadCheckpoint(f"tensor {tensor.name} stands in two files of one component, {names}")
+            tensors[tensor.name] = replace(tensor, file=len(files) + tensor.file)
+        files += checkpoint.files
+    if len(tensors) > MAX_TENSORS:
+        raise BadCheckpoint(f"{files[0].path.name} and others: more than {MAX_TENSORS} tensors")
+    return Checkpoint(tuple(files), tuple(tensors.values()))
+
+
 def read_header(path: Path, number: int = 0) -> tuple[CheckpointFile, list[TensorSpec]]:
     """One file's identity and tensors; `number` is what the tensors carry as `file`."""
     try:
@@ -50,21 +68,26 @@ def read_header(path: Path, number: int = 0) -> tuple[CheckpointFile, list[Tenso
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise BadCheckpoint(f"{path.name}: not a regular file")
-        raw, tensors = _read_format(fd, path, status.st_size, number)
+        raw, stated, tensors = _read_format(fd, path, status.st_size, number)
     except OSError as error:
         raise BadCheckpoint(f"{path.name}: {os.strerror(error.errno or 0)}") from error
     finally:
         os.close(fd)
-    return CheckpointFile(path, FileIdentity.of(status), xxhash.xxh3_128_hexdigest(raw)), tensors
+    return CheckpointFile(path, FileIdentity.of(status), xxhash.xxh3_128_hexdigest(raw), stated), tensors
 
 
-def _read_format(fd: int, path: Path, file_bytes: int, number: int) -> tuple[bytes, list[TensorSpec]]:
-    """(the header's bytes, tensors); a file is what its name says, or refused."""
+def _read_format(fd: int, path: Path, file_bytes: int, number: int) -> tuple[bytes, str, list[TensorSpec]]:
+    """(the header's bytes, its word for the architecture, tensors); a file is what its name says, or refused."""
     if path.suffix == ".gguf":
         header = gguf_header.read_header(lambda at, size: os.pread(fd, size, at), path.name, file_bytes, number)
-        return header.raw, header.tensors
+        return header.raw, _word(header.metadata.get("general.architecture")), header.tensors
     raw = read_raw(fd, path.name, file_bytes)
-    return raw, parse_header(raw, path.name, file_bytes, number)
+    return raw, "", parse_header(raw, path.name, file_bytes, number)
+
+
+def _word(value: object) -> str:
+    """A value of the metadata if it is fit to be shown."""
+    return value if isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9_.-]{1,32}", value) else ""
 
 
 def _read_index(path: Path) -> dict[str, str]:

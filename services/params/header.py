@@ -21,11 +21,10 @@ from services.params.specs import MAX_TENSORS
 
 MAGIC = b"HWARENA\0"
 VERSION = 1
-# Words of safetensors, and of ggml.
-KINDS = ITEM_BYTES.keys() | {packing.name for packing in PACKINGS.values()}
 BYTE_ORDER = 0x01020304
 DIGEST_BYTES = 16
 MAX_MANIFEST_BYTES = 2 * MAX_HEADER_BYTES
+DTYPES = ITEM_BYTES.keys() | {packing.name for packing in PACKINGS.values()}
 
 _FIXED = struct.Struct("<8sIIQQQQQQIIQ16s16s16s16s")
 _EXTENT = struct.Struct("<QQ")
@@ -165,6 +164,6 @@ def _parse_manifest(raw: bytes) -> tuple[str, tuple[PlacedTensor, ...]]:
 
 def _parse_row(row: list[Any]) -> PlacedTensor:
     name, dtype, shape, offset, size_bytes, extent = row
-    if dtype not in KINDS or not all(type(item) is int for item in (*shape, offset, size_bytes, extent)):
+    if dtype not in DTYPES or not all(type(item) is int for item in (*shape, offset, size_bytes, extent)):
         raise ValueError(name)
     return PlacedTensor(name, dtype, tuple(shape), offset, size_bytes, extent)

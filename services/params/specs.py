@@ -40,11 +40,15 @@ class FileIdentity:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointFile:
-    """One file: where it is, which state of it was read, and the digest of its header (32 hex digits)."""
+    """One file: where it is, which state of it was read, and the digest of its header (32 hex digits).
+
+    stated: the file's own word for its architecture; empty if it has none.
+    """
 
     path: Path
     identity: FileIdentity
     header_digest: str
+    stated: str = ""
 
 
 @dataclass(frozen=True, slots=True)

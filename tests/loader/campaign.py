@@ -27,7 +27,7 @@ from pathlib import Path
 
 from services.errors import HeadwaterError
 from services.loader.catalog import read_model
-from services.loader.config import ModelEntry
+from services.loader.entries import ModelEntry
 from services.params.arena import AttachedArena, attach
 from services.params.owned_arena import OwnedArena
 from services.rpc.loader_client import LoaderClient

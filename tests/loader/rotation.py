@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 from services.loader.catalog import read_model
-from services.loader.config import ModelEntry
+from services.loader.entries import ModelEntry
 from services.params.header import Header
 from tests.loader.support import ROOT, Workbench, environment
 

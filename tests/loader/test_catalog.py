@@ -8,8 +8,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from services.errors import BadCheckpoint
-from services.loader.catalog import identity_of, pick_weights, read_model
-from services.loader.config import ModelEntry
+from services.loader.catalog import identity_of, read_model
+from services.loader.entries import ModelEntry
+from services.loader.weights import pick_weights
 from tests.loader.support import make_model
 
 EXTENT = 1 << 20
@@ -33,6 +34,8 @@ def touch(folder: Path, *names: str) -> None:
         (["model.safetensors"], "fp16", "model.safetensors"),
         (["model.safetensors.index.fp16.json", "model.safetensors"], "fp16", "model.safetensors.index.fp16.json"),
         (["odd_name.safetensors"], "", "odd_name.safetensors"),
+        (["odd_name.safetensors", "model.gguf"], "", "odd_name.safetensors"),
+        (["model-Q8_0.gguf", "config.json"], "", "model-Q8_0.gguf"),
         (["config.json", "tokenizer_config.json"], "", None),
         (["scheduler_config.json"], "", None),
         ([], "", None),
@@ -53,7 +56,8 @@ def test_one_file_is_picked(tmp_path: Path, names: list[str], variant: str, pick
         (["diffusion_pytorch_model.bin"], "convert"),
         (["model.ckpt", "config.json"], "convert"),
         (["config.json"], "no safetensors file"),
-        (["one.safetensors", "two.safetensors"], "several"),
+        (["one.safetensors", "two.safetensors"], "several safetensors"),
+        (["model-Q4_K.gguf", "model-Q8_0.gguf"], "several GGUF"),
     ],
 )
 def test_what_cannot_be_picked_is_refused(tmp_path: Path, names: list[str], words: str) -> None:

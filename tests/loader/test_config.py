@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from services.loader.config import Config, ConfigError, ModelEntry, Upkeep, parse_args, parse_size, read_models
+from services.loader.config import Config, Upkeep, parse_args, parse_size
+from services.loader.entries import ConfigError, ModelEntry, read_models
 
 
 def test_folders_are_relative_to_the_file(tmp_path: Path) -> None:
@@ -26,7 +27,10 @@ def test_folders_are_relative_to_the_file(tmp_path: Path) -> None:
         ("models = 1", "no \\[models.NAME\\] table"),
         ("[models.toy]\n", "models.toy needs folder"),
         ("[models.toy]\nfolder = 1\n", "models.toy needs folder"),
-        ('[models.toy]\nfolder = "x"\nfolde = 1\n', "models.toy: unknown key folde .known: folder, pin, variant."),
+        (
+            '[models.toy]\nfolder = "x"\nfolde = 1\n',
+            "unknown key folde .known: files, folder, pin, variant.",
+        ),
         ('[models.toy]\nfolder = "x"\npin = 1\n', "pin is true or false"),
         ('[models.toy]\nfolder = "x"\n[model.more]\n', "unknown key model "),
         ('[models.toy]\nfolder = "x"\nvariant = "a/b"\n', "variant is a word"),

@@ -14,7 +14,7 @@ from headwater.loader.v1 import loader_pb2 as pb
 
 from services.loader.arenas import ArenaDir
 from services.loader.catalog import ComponentSource, read_model
-from services.loader.config import ModelEntry
+from services.loader.entries import ModelEntry
 from services.params.arena import ExtentState, attach
 from services.params.header import DIGEST_BYTES, Header
 from services.params.layout import PAGE

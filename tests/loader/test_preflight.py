@@ -16,7 +16,7 @@ import pytest
 from services import errors
 from services.loader.arenas import ArenaDir
 from services.loader.cgroup import MemoryGroup
-from services.loader.config import ConfigError
+from services.loader.entries import ConfigError
 from services.loader.mounts import Mount, mount_of, mounts
 from services.loader.preflight import Ceiling, budget, check_nodes, limits, swapping
 from services.params import placement

@@ -4,7 +4,7 @@ import asyncio
 from pathlib import Path
 
 from services.loader.catalog import read_model
-from services.loader.config import ModelEntry
+from services.loader.entries import ModelEntry
 from services.loader.queue import FillQueue
 from services.loader.records import Resident
 from services.loader.tickets import Ticket, Urgency

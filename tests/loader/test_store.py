@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from services import errors
 from services.loader.arenas import ArenaDir
-from services.loader.config import ModelEntry
+from services.loader.entries import ModelEntry
 from services.loader.extent_fill import ExtentFill
 from services.loader.fill import Filler
 from services.loader.reads import Read

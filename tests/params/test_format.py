@@ -4,11 +4,14 @@ import json
 import os
 import struct
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import xxhash
 
-from services.params.header import Header
+from services.errors import BadArena
+from services.params.header import Header, parse
 from services.params.layout import place
 from services.params.owned_arena import OwnedArena
 from services.params.specs import TensorSpec
@@ -58,3 +61,15 @@ def test_the_file_is_what_the_document_says() -> None:
         ],
     }
     assert raw[data + 512 : data + 516] == b"t.10"
+
+
+def test_packed_tensors_keep_ggmls_name_of_their_type() -> None:
+    """A header says of a packed tensor what the GGUF file says; a word of neither format is refused."""
+    specs = [TensorSpec("a", "Q8_0", (2, 64), 0, 0, 136), TensorSpec("b", "Q4_K", (1, 256), 0, 136, 144)]
+    header = Header("transformer", "ab" * 16, "cd" * 16, "ef" * 16, place(specs, 8192))
+
+    assert parse(header.pack()[0])[0] == header
+
+    odd = replace(header.layout, tensors=(replace(header.layout.tensors[0], dtype="Q9_9"),))
+    with pytest.raises(BadArena, match="manifest"):
+        parse(replace(header, layout=odd).pack()[0])

@@ -1,0 +1,165 @@
+"""What checkpoint files and model folders hold, told from their headers: `headwater-loader --inspect`."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from services.errors import BadCheckpoint
+from services.loader.catalog import parts_of, read_index
+from services.loader.config import Inspect
+from services.loader.weights import pick_weights, recognised
+from services.params.checkpoint import read_checkpoint
+from services.params.recognise import UNKNOWN, Architecture
+
+_FORMATS = {".gguf": "GGUF", ".json": "sharded safetensors"}
+_UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
+
+
+@dataclass
+class Amount:
+    """Tensors of one type."""
+
+    count: int = 0
+    size_bytes: int = 0
+
+
+@dataclass
+class FileReport:
+    """One file, or the shards of an index; `files` are base names, `stated` is the file's own word for what it is.
+
+    `reason` says why it cannot be read; the rest is empty then.
+    """
+
+    path: str
+    format: str
+    files: list[str] = field(default_factory=list)
+    architecture: Architecture = UNKNOWN
+    stated: str = ""
+    tensor_count: int = 0
+    size_bytes: int = 0
+    types: dict[str, Amount] = field(default_factory=dict)
+    reason: str = ""
+
+
+@dataclass
+class FolderReport:
+    """A model's folder. `missing`: why a component that model_index.json names has no weights, by its name."""
+
+    path: str
+    pipeline_class: str = ""
+    components: dict[str, FileReport] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    reason: str = ""
+
+
+Report = FileReport | FolderReport
+
+
+def run(inspect: Inspect) -> int:
+    """Print what each file or folder is; 1 if something cannot be read."""
+    reports = []
+    for path in _expanded(inspect.paths):
+        reports.append(report := folder_report(path) if path.is_dir() else file_report(path))
+        if not inspect.as_json:
+            print("\n".join(_lines(report)), flush=True)  # noqa: T201
+    if inspect.as_json:
+        print(json.dumps([asdict(report) for report in reports], indent=2))  # noqa: T201
+    return 1 if any(map(_is_bad, reports)) else 0
+
+
+def _expanded(paths: Iterable[Path]) -> Iterator[Path]:
+    """A folder that is no model's stands for the checkpoint files in it."""
+    for path in paths:
+        is_model = not path.is_dir() or (path / "model_index.json").exists()
+        files = [] if is_model else sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".gguf"))
+        yield from files or [path]
+
+
+def file_report(path: Path) -> FileReport:
+    """Reads headers only."""
+    report = FileReport(str(path), _FORMATS.get(path.suffix, "safetensors"))
+    try:
+        checkpoint = read_checkpoint(path)
+    except BadCheckpoint as error:
+        report.reason = str(error).removeprefix(f"{path.name}: ")
+        return report
+    for tensor in checkpoint.tensors:
+        amount = report.types.setdefault(tensor.dtype, Amount())
+        amount.count += 1
+        amount.size_bytes += tensor.size_bytes
+    report.files = [file.path.name for file in checkpoint.files]
+    report.architecture, report.stated = recognised(checkpoint), checkpoint.files[0].stated
+    report.tensor_count, report.size_bytes = len(checkpoint.tensors), checkpoint.size_bytes
+    return report
+
+
+def folder_report(folder: Path) -> FolderReport:
+    """The components that model_index.json names, those without params left out."""
+    report = FolderReport(str(folder))
+    try:
+        index = read_index(folder)
+        report.pipeline_class = str(index.get("_class_name", ""))
+        for name in parts_of(index):
+            _add_component(report, folder, name)
+    except BadCheckpoint as error:
+        report.reason = str(error)
+    except OSError as error:
+        report.reason = os.strerror(error.errno or 0)
+    return report
+
+
+def _add_component(report: FolderReport, folder: Path, name: str) -> None:
+    try:
+        path = pick_weights(folder / name, variant="")
+    except BadCheckpoint as error:
+        report.missing[name] = str(error)
+        return
+    if path:
+        report.components[name] = file_report(path)
+
+
+def _is_bad(report: Report) -> bool:
+    parts = report.components.values() if isinstance(report, FolderReport) else ()
+    return bool(report.reason) or any(part.reason for part in parts)
+
+
+def _lines(report: Report) -> Iterator[str]:
+    if isinstance(report, FileReport):
+        yield from _file_lines(report.path, report)
+        return
+    if report.reason:
+        yield f"{report.path}: {report.reason}"
+        return
+    size_bytes = sum(part.size_bytes for part in report.components.values())
+    yield f"{report.path}: {report.pipeline_class or 'a model'}, {_size(size_bytes)}"
+    for name, part in report.components.items():
+        yield from (f"  {line}" for line in _file_lines(f"{name}/{Path(part.path).name}", part))
+    for reason in report.missing.values():
+        yield f"  missing: {reason}"
+
+
+def _file_lines(name: str, report: FileReport) -> Iterator[str]:
+    if report.reason:
+        yield f"{name}: {report.reason}"
+        return
+    files = f" in {len(report.files)} files" if len(report.files) > 1 else ""
+    tensors = "1 tensor" if report.tensor_count == 1 else f"{report.tensor_count} tensors"
+    says = f", calls itself {report.stated}" if report.stated else ""
+    yield f"{name}: {report.format}{files}, {tensors}, {_size(report.size_bytes)}, {report.architecture}{says}"
+    yield from _table(report.types)
+
+
+def _table(types: Mapping[str, Amount]) -> Iterator[str]:
+    for name, amount in sorted(types.items(), key=lambda item: -item[1].size_bytes):
+        yield f"  {name:8}{amount.count:6}{_size(amount.size_bytes):>12}"
+
+
+def _size(size_bytes: int) -> str:
+    for unit, name in _UNITS:
+        if size_bytes >= unit:
+            return f"{size_bytes / unit:.2f} {name}"
+    return f"{size_bytes} B"
