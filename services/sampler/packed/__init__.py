@@ -6,9 +6,13 @@ its own bit for bit; they are rounded once more, to the dtype that is asked for.
 
 from __future__ import annotations
 
+import functools
 import math
+import os
+import shutil
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 
 import torch
 
@@ -16,7 +20,7 @@ from services.errors import UnsupportedModel
 from services.params.gguf_header import PACKINGS, Packing
 from services.sampler.packed import fp, i_quants, k_quants, legacy
 
-# Of float32 in a slice. What else a slice needs while it is unpacked is at most three times that.
+# Of float32 in a slice. All that is needed to unpack one is less than three times that.
 SLICE_BYTES = 16 << 20
 
 Unpacker = Callable[[torch.Tensor], torch.Tensor]
@@ -97,10 +101,26 @@ def _unpack(
         expected = f"{count * packing.block_bytes} contiguous bytes are expected for {packing.name} of {shape}"
         raise ValueError(f"{raw.numel()} of {raw.dtype}, where {expected}")
     blocks, numbers = raw.view(count, packing.block_bytes), out.view(count, packing.block)
+    kernels = _kernels() if raw.is_cuda else None
+    if kernels and packing.name in kernels.KERNELS and count:
+        kernels.launch(packing.name, raw, out, count)
+        return out
     step = max(slice_bytes // (packing.block * 4), 1)
     for start in range(0, count, step):
         numbers[start : start + step].copy_(unpacker(blocks[start : start + step]))
     return out
+
+
+@functools.cache
+def _kernels() -> ModuleType | None:
+    """The Triton kernels, where Triton is installed and finds a C compiler, for it wants one."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return None
+    try:
+        from services.sampler.packed import kernels
+    except ImportError:
+        return None
+    return kernels
 
 
 def block_count(packing: Packing, shape: tuple[int, ...]) -> int:
