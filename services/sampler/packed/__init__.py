@@ -19,6 +19,7 @@ import torch
 from services.errors import UnsupportedModel
 from services.params.gguf_header import PACKINGS, Packing
 from services.sampler.packed import fp, i_quants, k_quants, legacy
+from services.sampler.packed.bits import looked_up
 
 # Of float32 in a slice. All that is needed to unpack one is less than three times that.
 SLICE_BYTES = 16 << 20
@@ -75,13 +76,9 @@ def unpack_fp8(
         raise UnsupportedModel(f"Weights of type {kind} cannot be unpacked; {', '.join(FP8)} can.")
     if scale is not None and scale.numel() != 1:
         raise ValueError(f"a scale of {scale.numel()} numbers where one is expected")
-    factor = None if scale is None else scale.float().reshape(())
-
-    def numbers(blocks: torch.Tensor) -> torch.Tensor:
-        wide = blocks.view(FP8[kind]).float()
-        return wide if factor is None else wide.mul_(factor)
-
-    return _unpack(raw, numbers, Packing(kind, 1, 1), shape, _target(raw, shape, dtype, out), slice_bytes)
+    table = fp.fp8_table(FP8[kind], scale, dtype, raw.device)
+    unpacker = partial(looked_up, table)
+    return _unpack(raw, unpacker, Packing(kind, 1, 1), shape, _target(raw, shape, dtype, out), slice_bytes)
 
 
 def _target(raw: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, out: torch.Tensor | None) -> torch.Tensor:
