@@ -4,7 +4,8 @@
     python bench/unpack.py --packing Q8_0 Q4_K --slice-mib 4
 
 GB of bf16 written in a second, the median of several rounds; `to copy` is that over what a plain copy writes. The bytes
-are random, and on the device before the clock runs.
+are random, and on the device before the clock runs. On CUDA some packings have kernels where Triton is installed;
+`--no-triton` shows what these are worth.
 """
 
 from __future__ import annotations
@@ -61,14 +62,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--packing", nargs="+", choices=known, default=known, help="those to measure")
     parser.add_argument("--mib", type=int, default=128, help="MiB of bf16 that a round writes")
     parser.add_argument("--slice-mib", type=float, default=SLICE_BYTES / MIB, help="MiB of float32 at a time")
+    parser.add_argument("--no-triton", action="store_true", help="as where Triton is not installed")
     parser.add_argument("--tiny", action="store_true", help="a few rows, to try the code")
     options = parser.parse_args(arguments)
     size_bytes, rounds = (64 << 10, 2) if options.tiny else (options.mib * MIB, 5)
     device = pick_device()
+    if options.no_triton:
+        sys.modules["triton"] = None  # type: ignore[assignment]  # what imports it is told that there is none
     figures = measure(options.packing, size_bytes, int(options.slice_mib * MIB), rounds, device)
     rows = [list(row.values()) for row in figures["rows"]]  # type: ignore[attr-defined]
     table(f"unpacking; a copy writes {figures['copy_gb_s']:.1f} GB/s", ("packing", "GB/s", "to copy"), rows)
-    report("unpack", device, figures)
+    report("unpack", device, {"triton": not options.no_triton} | figures)
 
 
 if __name__ == "__main__":

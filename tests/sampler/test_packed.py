@@ -123,11 +123,31 @@ def test_any_k_quant(data: st.DataObject, packing: str, count: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("packing", UNPACKERS)
-def test_a_device_gives_the_same_bits(cuda: None, packing: str) -> None:
+@pytest.mark.parametrize("slice_blocks", [3, 1 << 20])
+def test_a_device_gives_the_same_bits(cuda: None, packing: str, slice_blocks: int) -> None:
+    """By torch operations and by whatever is faster."""
     raw = random_raw(packing, 700)
     shape = wide_shape(packing, (100, 7))
     theirs = reference(torch.from_numpy(raw).reshape(-1), packing, shape)
     device = torch.from_numpy(raw).cuda()
-    for slice_bytes in (3 * BY_NAME[packing].block * 4, 1 << 24):
-        assert_same(unpack(device, packing, shape, torch.float32, slice_bytes=slice_bytes).cpu(), theirs)
-        assert_same(unpack(device, packing, shape, slice_bytes=slice_bytes).cpu(), theirs.to(torch.bfloat16))
+    slice_bytes = slice_blocks * BY_NAME[packing].block * 4
+    assert_same(UNPACKERS[packing](device).float().reshape(shape).cpu(), theirs)
+    assert_same(unpack(device, packing, shape, torch.float32, slice_bytes=slice_bytes).cpu(), theirs)
+    assert_same(unpack(device, packing, shape, slice_bytes=slice_bytes).cpu(), theirs.to(torch.bfloat16))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packing", ["Q8_0", "Q4_K", "Q6_K"])
+@pytest.mark.parametrize("count", [1, 8, 63, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_kernel_gives_the_same_bits(cuda: None, packing: str, count: int, dtype: torch.dtype) -> None:
+    """Of any bytes, from any byte on, and writes no further than it should."""
+    kernels = pytest.importorskip("services.sampler.packed.kernels")
+    raw = torch.randint(256, (count * BY_NAME[packing].block_bytes + 1,), dtype=torch.uint8)
+    out = torch.full((count * BY_NAME[packing].block + 64,), 7, dtype=dtype, device="cuda")
+    for offset in (0, 1):
+        part = raw[offset : len(raw) - 1 + offset]
+        kernels.launch(packing, part.cuda() if not offset else raw.cuda()[offset:], out, count)
+        shape = (len(out) - 64,)
+        assert_same(out[:-64].cpu(), unpack(part.clone(), packing, shape, dtype))
+        assert torch.all(out[-64:] == 7)

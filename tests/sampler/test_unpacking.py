@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from services.errors import UnsupportedModel
-from services.sampler.packed import FP8, UNPACKERS, unpack, unpack_fp8
+from services.sampler.packed import BY_NAME, FP8, UNPACKERS, unpack, unpack_fp8
 from tests.sampler.packings import assert_same, random_raw, reference, wide_shape
 
 
@@ -44,6 +46,16 @@ def test_fp8(kind: str, scale: torch.Tensor | None, offset: int) -> None:
         assert_same(unpack_fp8(raw, kind, (16, 16), scale, slice_bytes=slice_bytes), theirs.to(torch.bfloat16))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", FP8)
+@pytest.mark.parametrize("on_device", [False, True])
+def test_fp8_on_a_device(cuda: None, kind: str, on_device: bool) -> None:
+    """Wherever the scale is."""
+    raw, scale = torch.arange(256).to(torch.uint8), torch.tensor(0.0123)
+    ours = unpack_fp8(raw.cuda(), kind, (16, 16), scale.cuda() if on_device else scale)
+    assert_same(ours.cpu(), unpack_fp8(raw, kind, (16, 16), scale))
+
+
 @pytest.mark.parametrize("kind", FP8)
 def test_fp8_is_what_its_bits_say(kind: str) -> None:
     """From the formats' definitions: OCP 8-bit Floating Point 1.0, E4M3 without infinities."""
@@ -60,6 +72,29 @@ def test_fp8_is_what_its_bits_say(kind: str) -> None:
             assert str(ours) == "[nan, nan]"
         else:
             assert ours == [normal if exponent else subnormal, -(normal if exponent else subnormal)]
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that an operation made."""
+
+    size_bytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if not function.is_view and not function._schema.is_mutable:
+            self.size_bytes = max(self.size_bytes, result.nbytes)
+        return result
+
+
+@pytest.mark.parametrize("packing", UNPACKERS)
+def test_nothing_is_made_that_is_larger_than_a_slice(packing: str) -> None:
+    block = BY_NAME[packing].block
+    raw = torch.from_numpy(random_raw(packing, 8192 // block))
+    out = torch.empty(8192, dtype=torch.bfloat16)
+    unpack(raw, packing, (8192,), out=out)  # tables are made at the first use
+    with Largest() as largest:
+        unpack(raw, packing, (8192,), out=out, slice_bytes=4096)
+    assert largest.size_bytes <= 4096
 
 
 @pytest.mark.parametrize("packing", ["Q8_1", "Q8_K", "I32", "Q9_9", ""])

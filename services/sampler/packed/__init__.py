@@ -6,17 +6,22 @@ its own bit for bit; they are rounded once more, to the dtype that is asked for.
 
 from __future__ import annotations
 
+import functools
 import math
+import os
+import shutil
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 
 import torch
 
 from services.errors import UnsupportedModel
 from services.params.gguf_header import PACKINGS, Packing
 from services.sampler.packed import fp, i_quants, k_quants, legacy
+from services.sampler.packed.bits import looked_up
 
-# Of float32 in a slice. What else a slice needs while it is unpacked is at most three times that.
+# Of float32 in a slice. All that is needed to unpack one is less than three times that.
 SLICE_BYTES = 16 << 20
 
 Unpacker = Callable[[torch.Tensor], torch.Tensor]
@@ -71,13 +76,9 @@ def unpack_fp8(
         raise UnsupportedModel(f"Weights of type {kind} cannot be unpacked; {', '.join(FP8)} can.")
     if scale is not None and scale.numel() != 1:
         raise ValueError(f"a scale of {scale.numel()} numbers where one is expected")
-    factor = None if scale is None else scale.float().reshape(())
-
-    def numbers(blocks: torch.Tensor) -> torch.Tensor:
-        wide = blocks.view(FP8[kind]).float()
-        return wide if factor is None else wide.mul_(factor)
-
-    return _unpack(raw, numbers, Packing(kind, 1, 1), shape, _target(raw, shape, dtype, out), slice_bytes)
+    table = fp.fp8_table(FP8[kind], scale, dtype, raw.device)
+    unpacker = partial(looked_up, table)
+    return _unpack(raw, unpacker, Packing(kind, 1, 1), shape, _target(raw, shape, dtype, out), slice_bytes)
 
 
 def _target(raw: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, out: torch.Tensor | None) -> torch.Tensor:
@@ -97,10 +98,26 @@ def _unpack(
         expected = f"{count * packing.block_bytes} contiguous bytes are expected for {packing.name} of {shape}"
         raise ValueError(f"{raw.numel()} of {raw.dtype}, where {expected}")
     blocks, numbers = raw.view(count, packing.block_bytes), out.view(count, packing.block)
+    kernels = _kernels() if raw.is_cuda else None
+    if kernels and packing.name in kernels.KERNELS and count:
+        kernels.launch(packing.name, raw, out, count)
+        return out
     step = max(slice_bytes // (packing.block * 4), 1)
     for start in range(0, count, step):
         numbers[start : start + step].copy_(unpacker(blocks[start : start + step]))
     return out
+
+
+@functools.cache
+def _kernels() -> ModuleType | None:
+    """The Triton kernels, where Triton is installed and finds a C compiler, for it wants one."""
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return None
+    try:
+        from services.sampler.packed import kernels
+    except ImportError:
+        return None
+    return kernels
 
 
 def block_count(packing: Packing, shape: tuple[int, ...]) -> int:

@@ -48,20 +48,23 @@ def scaled(scales: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
 
 
 def looked_up(table: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """Rows of a table, one behind the other: (entries, n) and integers (blocks, k) give (blocks, k * n)."""
-    rows = table.index_select(0, indices.flatten().int())
-    return rows.view(indices.shape[0], -1)
+    """The table's entries, of the indices' shape."""
+    return table.index_select(0, indices.flatten().int()).view(indices.shape)
 
 
 @functools.cache
 def grid(name: str, device: torch.device) -> torch.Tensor:
-    """The codebook of an IQ type, int8 of shape (entries, 4 or 8), as the gguf package has it from ggml-common.h."""
+    """The codebook of an IQ type, as the gguf package has it from ggml-common.h.
+
+    An entry's four or eight int8 are one int32 or int64 here, which is looked up at once.
+    """
     kind = getattr(gguf.quants, name)
     kind.init_grid()
-    return torch.from_numpy(kind.grid.reshape(kind.grid_shape).astype(np.int8)).to(device)
+    codes = torch.from_numpy(kind.grid.reshape(kind.grid_shape).astype(np.int8))
+    return codes.view(torch.int32 if codes.shape[1] == 4 else torch.int64).flatten().to(device)
 
 
 @functools.cache
 def values(name: str, device: torch.device) -> torch.Tensor:
-    """The 16 values that a type's nibbles stand for, int8 of shape (16, 1)."""
-    return torch.tensor(getattr(gguf.quants, name).kvalues, dtype=torch.int8)[:, None].to(device)
+    """The 16 values that a type's nibbles stand for, int8."""
+    return torch.tensor(getattr(gguf.quants, name).kvalues, dtype=torch.int8).to(device)

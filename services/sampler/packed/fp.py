@@ -23,6 +23,12 @@ def plain(blocks: Blocks, dtype: torch.dtype) -> torch.Tensor:
     return blocks.view(dtype)
 
 
+def fp8_table(kind: torch.dtype, scale: torch.Tensor | None, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """What each of the 256 bytes of an fp8 type is, times the scale in float32, rounded to `dtype`."""
+    numbers = torch.arange(256, dtype=torch.uint8, device=device).view(kind).float()
+    return (numbers if scale is None else numbers * scale.float().reshape(())).to(dtype)
+
+
 def tq1_0(blocks: Blocks) -> torch.Tensor:
     """Five numbers a byte in 48 bytes, four a byte in 4, scale 2. The 48 are ordered as 32 and 16."""
     parts = (_trits(blocks[:, :32], 32, 5), _trits(blocks[:, 32:48], 16, 5), _trits(blocks[:, 48:52], 4, 4))
@@ -60,6 +66,6 @@ def nvfp4(blocks: Blocks) -> torch.Tensor:
 
 @functools.cache
 def _scale_table(device: torch.device) -> torch.Tensor:
-    """Half of each unsigned E4M3, float32 of shape (256, 1), as the gguf package has it: 0x7F is 0 there, not NaN."""
+    """Half of each unsigned E4M3, float32, as the gguf package has it: 0x7F is 0 there, not NaN."""
     numbers = gguf.quants.NVFP4.ue4m3_to_fp32(np.arange(256, dtype=np.uint8))
-    return torch.from_numpy(numbers.astype(np.float32))[:, None].to(device)
+    return torch.from_numpy(numbers.astype(np.float32)).to(device)

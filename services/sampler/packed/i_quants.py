@@ -89,7 +89,7 @@ def iq4_xs(blocks: Blocks) -> torch.Tensor:
 
 def _codes(name: str, indices: torch.Tensor) -> torch.Tensor:
     """What stands in the codebook, int8 of shape (blocks, 256)."""
-    return looked_up(grid(name, indices.device), indices)
+    return looked_up(grid(name, indices.device), indices).view(torch.int8)
 
 
 def _quarter(scale: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
@@ -116,15 +116,15 @@ def _scales_and_signs(part: Blocks) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _signs(indices: torch.Tensor) -> torch.Tensor:
-    """Eight signs for each index of 7 bits."""
-    return looked_up(_sign_table(indices.device), indices)
+    """Eight signs for each index of 7 bits, int8 of shape (blocks, indices * 8)."""
+    return looked_up(_sign_table(indices.device), indices).view(torch.int8)
 
 
 @functools.cache
 def _sign_table(device: torch.device) -> torch.Tensor:
-    """Signs by index, int8 of shape (128, 8): the index's bits, and one more that makes their number even."""
+    """Eight signs as one int64, for each of 128 indices: its bits, and one more that makes their number even."""
     bits = torch.frombuffer(bytearray(gguf.quants.IQ2_XXS.ksigns), dtype=torch.uint8)[:, None]
-    return _plus_minus(fields(bits, 1, 1)).to(device)
+    return _plus_minus(fields(bits, 1, 1)).view(torch.int64).flatten().to(device)
 
 
 def _plus_minus(bits: torch.Tensor) -> torch.Tensor:

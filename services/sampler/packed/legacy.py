@@ -13,7 +13,7 @@ from services.sampler.packed.bits import Blocks, fields, half
 
 def q4_0(blocks: Blocks) -> torch.Tensor:
     """scale 2, nibbles 16; a number is scale * (nibble - 8)."""
-    return half(blocks[:, :2]) * (fields(blocks[:, 2:], 4, 16).view(torch.int8) - 8)
+    return half(blocks[:, :2]) * fields(blocks[:, 2:], 4, 16).view(torch.int8).sub_(8)
 
 
 def q4_1(blocks: Blocks) -> torch.Tensor:
@@ -23,7 +23,7 @@ def q4_1(blocks: Blocks) -> torch.Tensor:
 
 def q5_0(blocks: Blocks) -> torch.Tensor:
     """scale 2, fifth bits 4, nibbles 16; a number is scale * (five bits - 16)."""
-    return half(blocks[:, :2]) * (_five_bits(blocks[:, 2:6], blocks[:, 6:]).view(torch.int8) - 16)
+    return half(blocks[:, :2]) * _five_bits(blocks[:, 2:6], blocks[:, 6:]).view(torch.int8).sub_(16)
 
 
 def q5_1(blocks: Blocks) -> torch.Tensor:
