@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def run(inspect: Inspect) -> int:
     """Print what each file or folder is; 1 if something cannot be read."""
     reports = []
     for path in _expanded(inspect.paths):
-        reports.append(report := folder_report(path) if path.is_dir() else file_report(path))
+        reports.append(report := folder_report(path) if _is_folder(path) else file_report(path))
         if not inspect.as_json:
             print("\n".join(_lines(report)), flush=True)  # noqa: T201
     if inspect.as_json:
@@ -74,9 +75,17 @@ def run(inspect: Inspect) -> int:
 def _expanded(paths: Iterable[Path]) -> Iterator[Path]:
     """A folder that is no model's stands for the checkpoint files in it."""
     for path in paths:
-        is_model = not path.is_dir() or (path / "model_index.json").exists()
-        files = [] if is_model else sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".gguf"))
+        files: list[Path] = []
+        with suppress(OSError):  # it is told where the folder is read
+            if _is_folder(path) and not (path / "model_index.json").exists():
+                files = sorted(file for file in path.iterdir() if file.suffix in (".safetensors", ".gguf"))
         yield from files or [path]
+
+
+def _is_folder(path: Path) -> bool:
+    with suppress(OSError):
+        return path.is_dir()
+    return False
 
 
 def file_report(path: Path) -> FileReport:
@@ -135,7 +144,8 @@ def _lines(report: Report) -> Iterator[str]:
         yield f"{report.path}: {report.reason}"
         return
     size_bytes = sum(part.size_bytes for part in report.components.values())
-    yield f"{report.path}: {report.pipeline_class or 'a model'}, {_size(size_bytes)}"
+    kind = report.pipeline_class if report.pipeline_class.isprintable() else "a model"
+    yield f"{report.path}: {kind}, {_size(size_bytes)}"
     for name, part in report.components.items():
         yield from (f"  {line}" for line in _file_lines(f"{name}/{Path(part.path).name}", part))
     for reason in report.missing.values():

@@ -63,7 +63,10 @@ def pick_weights(folder: Path, variant: str) -> Path | None:
     for suffix, kind in ((".safetensors", "safetensors"), (".gguf", "GGUF")):
         found = sorted(name for name in names if name.endswith(suffix))
         if len(found) > 1:
-            raise BadCheckpoint(f"{folder.name}: several {kind} files and none with a usual name: {found[0]}, ...")
+            raise BadCheckpoint(
+                f"{folder.name}: several {kind} files and none with a usual name: {found[0]}, ...;"
+                " models.toml can say which, under [models.NAME.files]"
+            )
         if found:
             return folder / found[0]
     _check_has_none(folder.name, names)

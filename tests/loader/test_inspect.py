@@ -67,18 +67,20 @@ def test_json_is_one_document(tmp_path: Path) -> None:
 def test_files_that_cannot_be_read_are_told_and_the_others_shown(tmp_path: Path) -> None:
     """Each by its reason, in one line; the exit code is 1."""
     pickle, pointer, missing = tmp_path / "a.ckpt", tmp_path / "b.gguf", tmp_path / "c.safetensors"
+    long = tmp_path / ("x" * 300)
     pickle.write_bytes(b"PK\x03\x04" + bytes(60))
     pointer.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     good = write_named(tmp_path / "d.safetensors", T5)
 
-    code, text = inspect(pickle, pointer, missing, good)
+    code, text = inspect(pickle, pointer, missing, long, good)
 
     lines = text.splitlines()
     assert code == 1
     assert lines[0] == f"{pickle}: a pickle, which this loader never opens: convert it to safetensors"
     assert lines[1].startswith(f"{pointer}: a git-lfs pointer, not the weights")
     assert lines[2] == f"{missing}: No such file or directory"
-    assert lines[3] == f"{good}: safetensors, 2 tensors, 8 B, T5 (text encoder)"
+    assert lines[3] == f"{long}: File name too long"
+    assert lines[4] == f"{good}: safetensors, 2 tensors, 8 B, T5 (text encoder)"
     assert inspect_json(pickle)[1][0]["reason"].startswith("a pickle")
 
 

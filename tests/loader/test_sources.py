@@ -77,6 +77,29 @@ def test_a_gguf_transformer_is_served_beside_safetensors(bench: Workbench) -> No
         asyncio.run(use())
 
 
+def test_a_killed_loaders_packed_arena_is_taken_over(bench: Workbench) -> None:
+    """Its file is the same one, and nothing is read again."""
+    bench.add_model("toy")
+    path = write_gguf(bench.disk / "toy.gguf")
+    bench.options["toy"] = '[models.toy.files]\ntransformer = "toy.gguf"'
+
+    async def use() -> pb.Model:
+        async with LoaderClient(bench.address) as client:
+            model = await prepared(client, "toy")
+            assert_holds_packed(bench, model, "transformer", path)
+            return model
+
+    with bench.loader() as process:
+        before = asyncio.run(use())
+        process.kill()
+        process.wait()
+    with bench.loader():
+        after = asyncio.run(use())
+
+    assert component(after, "transformer").arena == component(before, "transformer").arena
+    assert after.read_bytes == 0
+
+
 def test_another_file_in_models_toml_is_another_model(bench: Workbench) -> None:
     """On SIGHUP the component of the new file is served; those that stay as they were keep their arena."""
     bench.add_model("toy")

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from services.errors import BadCheckpoint
-from services.params.checkpoint import read_checkpoint
+from services.params.checkpoint import joined, read_checkpoint
 from services.params.safetensors_header import parse_header
+from tests.abuse.gguf import TEXT, file_of, pair, text
 from tests.abuse.safetensors import entry
 
 DTYPES = {"F32": np.float32, "F16": np.float16, "I64": np.int64, "U8": np.uint8}
@@ -138,3 +139,29 @@ def test_a_bad_index_is_refused(tmp_path: Path, weight_map: Any, words: str) -> 
     with pytest.raises(BadCheckpoint, match=words) as caught:
         read_checkpoint(write_index(tmp_path, weight_map))
     assert str(tmp_path) not in str(caught.value)
+
+
+def test_checkpoints_are_joined_in_their_order(tmp_path: Path) -> None:
+    """Each tensor keeps its place in its own file; a name in two files is refused, by both."""
+    for name, number in (("a", 1), ("b", 2), ("c", 1)):
+        save_file({f"t.{number}": np.full(3, number, np.uint8)}, tmp_path / f"{name}.safetensors")
+    a, b, c = (read_checkpoint(tmp_path / f"{name}.safetensors") for name in "abc")
+
+    both = joined([a, b])
+
+    assert [file.path.name for file in both.files] == ["a.safetensors", "b.safetensors"]
+    held = [both.files[t.file].path.read_bytes()[t.offset : t.offset + t.size_bytes] for t in both.tensors]
+    assert held == [b"\x01\x01\x01", b"\x02\x02\x02"]
+    with pytest.raises(BadCheckpoint, match=r"t\.1 stands in two files of one component, a.safetensors and c.safet"):
+        joined([a, b, c])
+
+
+@pytest.mark.parametrize(
+    ("word", "stated"), [("qwen3", "qwen3"), ("two words", ""), ("x" * 33, ""), ("\x1b[31m", ""), ("", "")]
+)
+def test_a_file_may_state_its_architecture(tmp_path: Path, word: str, stated: str) -> None:
+    """A GGUF file's word is kept if it is one that can be shown."""
+    path = tmp_path / "m.gguf"
+    path.write_bytes(file_of(pairs=(pair("general.architecture", TEXT, text(word)),)))
+
+    assert read_checkpoint(path).files[0].stated == stated
