@@ -33,21 +33,27 @@ class Choices:
 
     def violations(self, solver: str, schedule: str, step_count: int) -> list[tuple[str, str]]:
         """(field, what to do) for all that this model cannot use; `step_count` is the resolved one."""
-        wrong = []
         if solver and solver not in self.solvers:
-            wrong.append(("solver", refusal(solver, "this model", list(self.solvers))))
+            wrong = [("solver", refusal(solver, "this model", list(self.solvers)))]
             if schedule and schedule not in self.schedule_names():
                 wrong.append(("schedule", refusal(schedule, "this model", self.schedule_names())))
             return wrong
         solver = solver or self.solver
-        if schedule and not solver:
-            wrong.append(("schedule", "this model's own solver has no common name: name a solver too, or leave it out"))
-        elif schedule and schedule not in self.solvers[solver].usable:
-            wrong.append(("schedule", refusal(schedule, f"solver {solver}", self.solvers[solver].usable)))
+        return self._schedule_violations(solver, schedule) + self._step_violations(solver, step_count)
+
+    def _schedule_violations(self, solver: str, schedule: str) -> list[tuple[str, str]]:
+        usable = self.solvers[solver].usable if solver else []
+        if not schedule or schedule in usable:
+            return []
+        if self.solvers and not solver:
+            return [("schedule", "this model's own solver has no common name: name a solver too, or leave it out")]
+        return [("schedule", refusal(schedule, f"solver {solver}" if solver else "this model", usable))]
+
+    def _step_violations(self, solver: str, step_count: int) -> list[tuple[str, str]]:
         limit = self.step_limits.get(solver, step_count)
-        if step_count > limit:
-            wrong.append(("step_count", f"solver {solver} takes at most {limit} steps, not {step_count}"))
-        return wrong
+        if step_count <= limit:
+            return []
+        return [("step_count", f"solver {solver} takes at most {limit} steps, not {step_count}")]
 
     def scheduler(self, own: Any, solver: str, schedule: str) -> Any:
         """A scheduler for one request: `own`, the model's, copied, or another one made of its config."""
@@ -70,14 +76,24 @@ def refusal(value: str, whose: str, usable: list[str]) -> str:
 
 def choices_of(pipeline: Any) -> Choices:
     """What the pipeline can use: nothing unless its solvers draw from the request's seed and its calls are known."""
-    own, solvers = pipeline.scheduler, solvers_of(pipeline)
-    built = {name: build(own, solver, "") for name, solver in solvers.items()}
+    own, found = pipeline.scheduler, solvers_of(pipeline)
+    tried = {name: attempt(own, solver) for name, solver in found.items()}
+    built = {name: scheduler for name, scheduler in tried.items() if scheduler is not None}
+    solvers = {name: found[name] for name in built}
     return Choices(
         solvers,
         solver=next((name for name, solver in solvers.items() if is_own(own, solver)), ""),
         schedules={name: schedule_of(scheduler, solvers[name]) for name, scheduler in built.items()},
         step_limits={n: built[n].config[s.step_limit] for n, s in solvers.items() if s.step_limit},
     )
+
+
+def attempt(own: Any, solver: Solver) -> Any:
+    """The solver's scheduler; None if it cannot be made of the config of `own`."""
+    try:
+        return build(own, solver, "")
+    except (NotImplementedError, ValueError):  # e.g. a beta_schedule that only few schedulers know
+        return None
 
 
 def solvers_of(pipeline: Any) -> dict[str, Solver]:

@@ -65,7 +65,7 @@ DIFFUSION = {
     "lcm": Solver("LCMScheduler", (), step_limit="original_inference_steps"),
 }
 # The multistep schedulers bend only the sigmas of diffusion, not those of flow matching: karras and the like are wrong.
-MULTISTEP_FLOW = EVEN | {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+MULTISTEP_FLOW = SCHEDULES["simple"] | {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 SHIFT = {"flow_shift": "shift"}
 FLOW = {
     # Noise would come from no seed: pipelines of flow matching give `step` no generator. So there is no lcm either,

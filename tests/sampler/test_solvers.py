@@ -16,7 +16,7 @@ from diffusers.utils import is_scipy_available
 from headwater_client import Client, InvalidRequest, Preview
 from numpy.typing import NDArray
 
-from services.sampler.solvers import FLOW, SCHEDULES
+from services.sampler.solvers import DIFFUSION, FLOW, SCHEDULES
 from tests.sampler.support import pixels, plain_picture, plain_pipeline, served
 from tests.stack import Stack, running
 
@@ -87,6 +87,7 @@ def folders(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFact
     changed: dict[str, tuple[str, dict[str, object]]] = {
         "sdxl_leading": ("sdxl", beta | {"timestep_spacing": "leading"}),
         "sdxl_pndm": ("sdxl", beta | {"_class_name": "PNDMScheduler", "skip_prk_steps": True}),
+        "sdxl_sigmoid": ("sdxl", {"_class_name": "DDPMScheduler", "beta_schedule": "sigmoid"}),
         "flux_shifting": ("flux", {"use_dynamic_shifting": True, "base_shift": 0.6, "max_shift": 1.2, "shift": 3.0}),
     }
     for name, (base, changes) in changed.items():
@@ -134,6 +135,17 @@ def test_equals_diffusers_with_that_scheduler(
     assert options.items() <= result.finished.parameters.items()
 
 
+def test_a_scheduler_that_no_solver_can_follow_is_served_as_it_is(folders: dict[str, Path], solving: str) -> None:
+    """A config that diffusers' other schedulers refuse leaves the model its own, and no names."""
+    result = served(solving, "sdxl_sigmoid", *ASKED)
+    with Client(solving) as client:
+        details = client.model("sdxl_sigmoid")
+
+    assert np.array_equal(pixels(result.images[0].pil), reference(folders["sdxl_sigmoid"], "DDPMScheduler", {}))
+    assert (details.solvers, details.schedules, details.default_solver) == ((), (), "")
+    assert not {"solver", "schedule"} & set(details.request_fields)
+
+
 def test_names_make_a_difference(solving: str) -> None:
     """Each solver and each schedule draws another picture, but for the two names of trailing timesteps."""
     solvers = [sha256s(solving, "sdxl", solver=name)[0] for name in SDXL]
@@ -172,6 +184,8 @@ def test_riders_with_different_solvers_equal_each_alone(one: str, other: str, so
         ("sdxl", {"solver": "lcm", "schedule": "simple"}, "schedule", "leave it out"),
         ("sdxl", {"solver": "lcm", "steps": 51}, "step_count", "at most 50 steps"),
         ("sdxl_pndm", {"schedule": "karras"}, "schedule", "name a solver too"),
+        ("sdxl_sigmoid", {"solver": "euler"}, "solver", "leave it out"),
+        ("sdxl_sigmoid", {"schedule": "karras"}, "schedule", "leave it out"),
         ("z_image", {"solver": "unipc"}, "solver", "use one of euler, or"),
         ("z_image", {"schedule": "normal"}, "schedule", "simple, karras, exponential"),
         ("qwen_image", {"solver": "dpm++2m"}, "solver", "use one of euler, unipc"),
@@ -216,6 +230,7 @@ def test_models_say_what_they_can_use(solving: str) -> None:
         ("sdxl_pndm", {}, (None, None)),
         ("sdxl_pndm", {"solver": "dpm++2m"}, ("dpm++2m", "normal")),
         ("flux_shifting", {}, ("euler", "simple")),
+        ("flux_shifting", {"solver": "dpm++2m"}, ("dpm++2m", "simple")),
     ],
 )
 def test_parameters_name_what_was_used(
@@ -252,6 +267,7 @@ def test_previews_and_progress_know_every_solver(model: str, solver: str, step_c
     assert watched.images[0].sha256 == plain.images[0].sha256
 
 
-def test_every_schedule_is_tested() -> None:
+def test_every_name_is_tested() -> None:
     """A name added to the tables needs a picture here."""
+    assert DIFFUSION.keys() == SDXL.keys()
     assert SCHEDULES.keys() == SHAPES.keys()
