@@ -55,7 +55,7 @@ class Drawing:
         self._since = time.monotonic()
         self._previewing = False
         self._sigmas: OnHost | None = None
-        self.step = 0
+        self.step, self.step_count = 0, request.step_count
 
     @torch.inference_mode()
     def draw(self) -> Pixels:
@@ -80,7 +80,9 @@ class Drawing:
         self._shortage = ShortageMeter(self._workspace.failures)
         try:
             self._model.bring_pinned()
-            view = self._model.request_view(bool(self._request.tiled_decode))
+            view = self._model.request_view(
+                bool(self._request.tiled_decode), self._request.solver, self._request.schedule
+            )
             view.scheduler.__dict__["step"] = self._watched(view, view.scheduler.step)
             # Noise comes from the CPU's generator on every device: the same seed is the same noise everywhere.
             generator = torch.Generator("cpu").manual_seed(self._request.seed_of(self._index))
@@ -126,11 +128,11 @@ class Drawing:
             self.phase_s[self._phase] = self.phase_s.get(self._phase, 0.0) + now - self._since
         self._phase, self._since = phase, now
 
-    def _say(self, phase: Phase, step_count: int = 0, sigma: float | None = None) -> None:
+    def _say(self, phase: Phase, sigma: float | None = None) -> None:
         if phase is Phase.PREPARING:
             news = Progress(self._index, phase, ready_bytes=self._model.ready_bytes, total_bytes=self._model.size_bytes)
         elif phase is Phase.DENOISING:
-            news = Progress(self._index, phase, self.step, step_count or self._request.step_count, sigma)
+            news = Progress(self._index, phase, self.step, self.step_count, sigma)
         else:
             news = Progress(self._index, phase)
         self._emit(news)
@@ -143,9 +145,9 @@ class Drawing:
             scheduler = view.scheduler
             result = step(model_output, timestep, sample, *args, **options)
             self.step += 1
-            step_count = len(scheduler.timesteps)
-            self._say(Phase.DENOISING, step_count, self._sigma_after(scheduler))
-            if self._wants_preview(step_count):
+            self.step_count = len(scheduler.timesteps)  # heun: two for each step but the last
+            self._say(Phase.DENOISING, self._sigma_after(scheduler))
+            if self._wants_preview():
                 self._preview(view, denoised_latents(scheduler, model_output, sample, result))
             return result
 
@@ -159,9 +161,9 @@ class Drawing:
             return None
         return float(sigmas.tensor[at])
 
-    def _wants_preview(self, step_count: int) -> bool:
+    def _wants_preview(self) -> bool:
         every = self._request.preview_every
-        return every > 0 and self.step % every == 0 and self.step < step_count
+        return every > 0 and self.step % every == 0 and self.step < self.step_count
 
     def _preview(self, view: Any, latents: torch.Tensor) -> None:
         self._previewing = True

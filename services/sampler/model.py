@@ -129,14 +129,15 @@ class AttachedModel:
 
     # ---- one request
 
-    def request_view(self, tiled_decode: bool = False) -> Any:
+    def request_view(self, tiled_decode: bool = False, solver: str = "", schedule: str = "") -> Any:
         """The pipeline for one request: own scheduler, own autoencoder trees, shared everything else.
 
-        tiled_decode: the autoencoder decodes in tiles; only where `Traits.can_tile`.
+        tiled_decode: the autoencoder decodes in tiles; only where `Traits.can_tile`. solver, schedule: common names
+        that `Traits.choices` has; "": the model's own.
         """
         view = copy.copy(self.pipeline)
         view.__class__ = self._view_class
-        parts: dict[str, Any] = {"scheduler": copy.deepcopy(self.pipeline.scheduler)}
+        parts: dict[str, Any] = {"scheduler": self.traits.choices.scheduler(self.pipeline.scheduler, solver, schedule)}
         for name, gate in self.units.items():
             parts[name] = unit_view(self.engine, gate, self._absent)
         if tiled_decode:

@@ -15,15 +15,25 @@ from PIL import Image
 def denoised_latents(scheduler: Any, model_output: torch.Tensor, sample: torch.Tensor, result: Any) -> torch.Tensor:
     """What the model expects the clean latents to be after a step; shape of `sample`.
 
-    Flow matching: x0 = x - sigma v (Lipman et al. 2023, with diffusers' sigma). Other schedulers give it as the second
-    value of their step, where they have one; else the step's own result serves.
+    Flow matching: x0 = x - sigma v (Lipman et al. 2023, with diffusers' sigma). Multistep solvers that reckon with it
+    (DPM-Solver++, UniPC) remember it. Others give it as the second value of their step, where they have one; else the
+    step's own result serves.
     """
     at = getattr(scheduler, "step_index", None)
     if type(scheduler).__name__.startswith("FlowMatch") and at:
         sigma: torch.Tensor = scheduler.sigmas[at - 1]
         return sample.float() - sigma * model_output.float()
+    if remembers_clean(scheduler):
+        clean: torch.Tensor = scheduler.model_outputs[-1]
+        return clean
     values: tuple[torch.Tensor, ...] = result if isinstance(result, tuple) else result.to_tuple()
     return next((v for v in values[1:] if isinstance(v, torch.Tensor) and v.shape == sample.shape), values[0])
+
+
+def remembers_clean(scheduler: Any) -> bool:
+    config = getattr(scheduler, "config", {})
+    by_clean = config.get("predict_x0", False) or str(config.get("algorithm_type")).endswith("++")
+    return by_clean and hasattr(scheduler, "model_outputs")
 
 
 def preview_image(view: Any, latents: torch.Tensor, size_px: tuple[int, int], max_edge_px: int) -> Image.Image:

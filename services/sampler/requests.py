@@ -44,6 +44,8 @@ class ImageRequest:
     preview_every: int = 0
     preview_edge_px: int = 128
     tiled_decode: bool | None = None
+    solver: str = ""  # stays empty where the model's own has no common name, as does schedule
+    schedule: str = ""
 
     def seed_of(self, index: int) -> int:
         """Seed of picture `index`, 0 to MAX_SEED; derived from the request's id if none was given."""

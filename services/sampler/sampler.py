@@ -185,7 +185,7 @@ class Job:
             drawing.passed,
             drawing.paused,
             kind=shape_of(self._request),
-            steps_left=lambda: max(0, self._request.step_count - drawing.step),
+            steps_left=lambda: max(0, drawing.step_count - drawing.step),
         )
         self._riders.append(rider)
         self._drawings.append(drawing)

@@ -89,6 +89,10 @@ class SamplerService(sampler_pb2_grpc.SamplerServiceServicer):
                 default_step_count=traits.step_count,
                 default_guidance_scale=traits.guidance_scale,
                 request_fields=traits.request_fields,
+                solvers=list(traits.choices.solvers),
+                default_solver=traits.choices.solver,
+                schedules=traits.choices.schedule_names(),
+                default_schedule=traits.choices.filled("", "")[1],
             )
             response.components.extend(component_summaries(model))
             return response
@@ -215,6 +219,8 @@ def parameters(request: ImageRequest, numerics: Numerics) -> pb.GenerateRequest:
         output=pb.OutputOptions(format=pb.IMAGE_FORMAT_PNG),
         numerics=NUMERICS[numerics],
         tiled_decode=request.tiled_decode,
+        solver=request.solver,
+        schedule=request.schedule,
     )
     if request.preview_every:
         message.preview.every_step_count = request.preview_every

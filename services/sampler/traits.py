@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from services.errors import BadCheckpoint, InvalidRequest, UnsupportedModel
+from services.sampler.choices import NO_CHOICES, Choices, choices_of
 from services.sampler.requests import ImageRequest
 from services.sampler.tiling import UNTILED, TileRule, decode_px_bytes
 
@@ -42,6 +43,7 @@ class Traits:
     true_cfg_scale: float | None
     max_sequence_length: int | None
     decode_px_bytes: int = 0  # what a decode takes for a pixel, about; 0: the autoencoder has no tiles
+    choices: Choices = NO_CHOICES
 
     @property
     def can_tile(self) -> bool:
@@ -51,7 +53,9 @@ class Traits:
     def request_fields(self) -> list[str]:
         """Names of the request fields that this model takes."""
         own = [field for field, argument in ARGUMENTS.items() if argument in self.arguments]
-        return sorted([*COMMON, *own, *(["tiled_decode"] if self.can_tile else [])])
+        own += ["tiled_decode"] if self.can_tile else []
+        own += ["solver", "schedule"] if self.choices.solvers else []
+        return sorted([*COMMON, *own])
 
     def resolve(self, request: ImageRequest, rule: TileRule = UNTILED) -> ImageRequest:
         """The request with every default filled in; `rule` is the replica's.
@@ -63,9 +67,12 @@ class Traits:
             for field, argument in ARGUMENTS.items()
             if getattr(request, field) not in (None, "") and argument not in self.arguments
         ]
+        solver, schedule = self.choices.filled(request.solver, request.schedule)
         filled = dataclasses.replace(
             request,
             seed=request.first_seed,
+            solver=solver,
+            schedule=schedule,
             **{
                 field: getattr(self, field)
                 for field in ("width_px", "height_px", "step_count", *ARGUMENTS)
@@ -84,6 +91,7 @@ class Traits:
             wrong.append(("preview.every_step_count", f"must be at most step_count, {filled.step_count}"))
         if filled.tiled_decode and not self.can_tile:
             wrong.append(("tiled_decode", "this model's autoencoder has no tiles: leave it out"))
+        wrong += self.choices.violations(request.solver, request.schedule, filled.step_count)
         if wrong:
             raise InvalidRequest(*wrong)
         if filled.tiled_decode is None:
@@ -131,6 +139,7 @@ def traits_of(pipeline: Any, config: Path) -> Traits:
         true_cfg_scale=own.get("true_cfg_scale", default("true_cfg_scale")),
         max_sequence_length=own.get("max_sequence_length", default("max_sequence_length")),
         decode_px_bytes=decode_cost(pipeline.vae),
+        choices=choices_of(pipeline),
     )
 
 

@@ -25,7 +25,7 @@ OPTIONAL_RANGES: dict[str, tuple[float, float]] = {
     "seed": (0, MAX_SEED),
     "max_sequence_length": (1, 4096),
 }
-NOT_SERVED = ("solver", "schedule", "loras", "reference_images", "mask", "strength")
+NOT_SERVED = ("loras", "reference_images", "mask", "strength")
 PREVIEW_EDGE_PX = (16, 512)
 PNG = (0, 1)  # unspecified, PNG
 NUMERICS = {1: Numerics.EAGER, 2: Numerics.COMPILED}
@@ -54,6 +54,8 @@ def image_request(message: Any, numerics: Numerics = Numerics.EAGER) -> ImageReq
         preview_every=message.preview.every_step_count,
         preview_edge_px=message.preview.max_edge_px or 128,
         tiled_decode=message.tiled_decode if message.HasField("tiled_decode") else None,
+        solver=message.solver,
+        schedule=message.schedule,
         **optional,
     )
 

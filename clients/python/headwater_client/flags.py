@@ -27,6 +27,8 @@ _PICTURE = (
     click.option("--count", type=int, default=1, show_default=True, help="Pictures of a request."),
     click.option("--guidance", type=float, help="guidance_scale; default: the model's."),
     click.option("--cfg", type=float, help="true_cfg_scale, where the model has one."),
+    click.option("--solver", help="Update rule by its common name, e.g. dpm++2m; default: the model's."),
+    click.option("--schedule", help="Schedule of sigmas by its common name, e.g. karras; default: the model's."),
     click.option("--negative", help="What to steer away from."),
     click.option(
         "--tiled-decode/--no-tiled-decode",
@@ -52,6 +54,8 @@ def options(given: Mapping[str, Any]) -> Options:
         "count": given["count"],
         "guidance_scale": given["guidance"],
         "true_cfg_scale": given["cfg"],
+        "solver": given["solver"],
+        "schedule": given["schedule"],
         "negative_prompt": given["negative"],
         "tiled_decode": given["tiled_decode"],
     }

@@ -11,6 +11,7 @@ class Options(TypedDict, total=False):
     format: "png", "jpeg" or "webp"; quality: of the last two, 1 to 100.
     numerics: "eager" or "compiled"; refused if the server is set up otherwise.
     tiled_decode: decode pictures in overlapping tiles: less memory, slightly other pixels at the seams.
+    solver, schedule: common names, e.g. "dpm++2m" and "karras"; `model(name)` lists those that the model can use.
     request_id: names the request in the server's log and derives the seed; a random UUID by default.
     """
 
@@ -31,6 +32,8 @@ class Options(TypedDict, total=False):
     quality: int | None
     numerics: str | None
     tiled_decode: bool | None
+    solver: str | None
+    schedule: str | None
 
 
 class Parameters(Options, total=False):

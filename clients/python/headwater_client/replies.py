@@ -44,7 +44,10 @@ class Component:
 
 @dataclass(frozen=True)
 class ModelDetails:
-    """One model with what generate() takes for it. request_fields are the protocol's names."""
+    """One model with what generate() takes for it. request_fields are the protocol's names.
+
+    default_solver and default_schedule are the model's own; "" where they have no common name.
+    """
 
     summary: Model
     numerics: Numerics
@@ -54,6 +57,10 @@ class ModelDetails:
     default_step_count: int
     default_guidance_scale: float | None
     request_fields: tuple[str, ...]
+    solvers: tuple[str, ...]
+    default_solver: str
+    schedules: tuple[str, ...]
+    default_schedule: str
     components: tuple[Component, ...]
 
 

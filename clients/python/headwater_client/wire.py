@@ -35,6 +35,8 @@ FIELDS = {
     "quality": "output.quality",
     "numerics": "numerics",
     "tiled_decode": "tiled_decode",
+    "solver": "solver",
+    "schedule": "schedule",
 }
 WORDS = {"format": pb.ImageFormat, "numerics": pb.Numerics}
 
@@ -190,6 +192,8 @@ def model_details(message: pb.GetModelResponse) -> replies.ModelDetails:
         numerics=events.Numerics(_word(pb.Numerics, message.numerics)),
         default_guidance_scale=_optional(message, "default_guidance_scale"),
         request_fields=tuple(message.request_fields),
+        solvers=tuple(message.solvers),
+        schedules=tuple(message.schedules),
         components=tuple(_read(replies.Component, c, outside=tuple(c.outside)) for c in message.components),
     )
 

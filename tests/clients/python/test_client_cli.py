@@ -57,6 +57,15 @@ def test_tiles_are_asked_for(flag: str, sent: bool | None, headwater: Headwater,
     assert (request.tiled_decode if request.HasField("tiled_decode") else None) is sent
 
 
+def test_a_solver_and_a_schedule_are_asked_for(headwater: Headwater, sampler: ScriptedSampler) -> None:
+    """By their common names, as they were typed; nothing said is the model's own."""
+    flags = ["--solver", "unipc", "--schedule", "beta"]
+    done = [headwater("generate", "a fox", "--quiet", *more) for more in (flags, [])]
+
+    assert [each.returncode for each in done] == [0, 0]
+    assert [(each.solver, each.schedule) for each in sampler.requests] == [("unipc", "beta"), ("", "")]
+
+
 def test_quiet_says_nothing(headwater: Headwater, sampler: ScriptedSampler) -> None:
     """Success is silent."""
     done = headwater("generate", "a fox", "--quiet")
