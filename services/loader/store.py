@@ -30,7 +30,7 @@ from services.loader.watchers import News, Watchers
 from services.loader.workers import fill_forever
 
 _WATCH_PAUSE_S = 0.05
-_GIVE_BACK_S = 5.0  # that samplers get to let go, all of them together
+_GIVE_BACK_S = 3.0  # that samplers get to let go, all of them together
 _POLL_S = 0.02
 
 _log = structlog.get_logger()

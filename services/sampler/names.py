@@ -21,10 +21,10 @@ _LLAMA_PREFIXES = ("blk.", "enc.blk.", "token_embd.")
 def of_diffusers(cls: Any, views: Views, wanted: Mapping[str, object], config: Mapping[str, Any]) -> Views:
     """Names of a single file (`double_blocks.`, `model.diffusion_model.`, ...), by diffusers' own converter.
 
-    As they are if all of `wanted` is there, or if diffusers knows no other names for this class.
+    As they are if most of `wanted` is there, or if diffusers knows no other names for this class.
     """
     known = SINGLE_FILE_LOADABLE_CLASSES.get(cls.__name__)
-    if known is None or not wanted.keys() - views.keys():
+    if known is None or 2 * len(wanted.keys() & views.keys()) > len(wanted):
         return views
     found: Views = known["checkpoint_mapping_fn"](checkpoint=dict(views), config=dict(config))
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from threading import Event, Thread
@@ -103,6 +104,13 @@ def test_equal_prompts_at_once_are_encoded_once() -> None:
     assert len(late_results) == 1
 
 
+def until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 def test_riders_with_one_prompt_share_its_encoding(stack: Stack) -> None:
     """Two pictures of a request ride at once; the text encoder's layers run for one of them."""
     with attached(stack, "tiny", Ring(torch.device("cpu"), Budget(1 << 40), keep_residents=False), 400_000) as model:
@@ -118,6 +126,15 @@ def test_riders_with_one_prompt_share_its_encoding(stack: Stack) -> None:
             drawing = Drawing(model, workspace, request, index, emit, lambda step, image: None)
             done = functools.partial(lambda end, rider: end.set_result(None), end)
             riders.append(Rider(lambda _, drawing=drawing: drawing.draw(), done, drawing.passed, drawing.paused))
+        # Somebody holds the baton until all three wait for it: else the first may be done before the last is there.
+        engine, holds = model.engine, Event()
+
+        def hold(rider: Rider) -> None:
+            holds.set()
+            until(lambda: len(engine._news) == 3)
+
+        engine.ride(Rider(hold, lambda rider: None))
+        assert holds.wait(20)
         for rider in riders:
             model.engine.ride(rider)
         for end in ended:
