@@ -28,7 +28,7 @@ class Choices:
 
     def schedule_names(self) -> list[str]:
         """Every schedule that some solver of this model follows."""
-        known = {name for solver in self.solvers.values() for name in solver.usable}
+        known = {name for solver in self.solvers.values() for name in solver.schedules}
         return [name for name in SCHEDULES if name in known]
 
     def violations(self, solver: str, schedule: str, step_count: int) -> list[tuple[str, str]]:
@@ -42,7 +42,7 @@ class Choices:
         return self._schedule_violations(solver, schedule) + self._step_violations(solver, step_count)
 
     def _schedule_violations(self, solver: str, schedule: str) -> list[tuple[str, str]]:
-        usable = self.solvers[solver].usable if solver else []
+        usable = list(self.solvers[solver].schedules) if solver else []
         if not schedule or schedule in usable:
             return []
         if self.solvers and not solver:
@@ -70,8 +70,7 @@ def refusal(value: str, whose: str, usable: list[str]) -> str:
     asked = repr(value[:40])
     if not usable:
         return f"{whose} takes none, {asked} was asked for: leave it out"
-    remedy = "needs scipy where the sampler runs" if value == "beta" and "karras" in usable else f"is not for {whose}"
-    return f"{asked} {remedy}; use one of {', '.join(usable)}, or leave it out"
+    return f"{asked} is not for {whose}; use one of {', '.join(usable)}, or leave it out"
 
 
 def choices_of(pipeline: Any) -> Choices:
@@ -115,7 +114,7 @@ def is_own(own: Any, solver: Solver) -> bool:
 
 def schedule_of(scheduler: Any, solver: Solver) -> str:
     """The common name of what the scheduler follows, "" if it has none."""
-    return next((name for name in solver.usable if agrees(scheduler, SCHEDULES[name])), "")
+    return next((name for name in solver.schedules if agrees(scheduler, SCHEDULES[name])), "")
 
 
 def agrees(scheduler: Any, changes: Mapping[str, object]) -> bool:

@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from diffusers.utils import is_scipy_available
-
 # Of these a scheduler follows at most one; none: its timesteps are evenly spaced.
 EVEN: dict[str, object] = {
     "use_karras_sigmas": False,
@@ -43,11 +41,6 @@ class Solver:
     changes: Mapping[str, object] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)  # its key: the key in the config of flow matching
     step_limit: str = ""  # key of the most steps that it takes; "": no limit
-
-    @property
-    def usable(self) -> list[str]:
-        """The schedules that it follows with what is installed."""
-        return [name for name in self.schedules if name != "beta" or is_scipy_available()]
 
 
 # Karras et al. 2022, algorithms 1 and 2 (euler, heun); k-diffusion's sample_euler_ancestral (euler_a); Lu et al. 2022,

@@ -12,7 +12,6 @@ from typing import Any
 import diffusers
 import numpy as np
 import pytest
-from diffusers.utils import is_scipy_available
 from headwater_client import Client, InvalidRequest, Preview
 from numpy.typing import NDArray
 
@@ -41,8 +40,6 @@ SHAPES: dict[str, dict[str, object]] = {
 }
 EULER, DPM = "FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler"
 FLOW_SIGMAS = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-BETA = pytest.mark.skipif(not is_scipy_available(), reason="beta needs scipy")
-NO_BETA = pytest.mark.skipif(is_scipy_available(), reason="beta is served where scipy is")
 Case = tuple[str, dict[str, str], str, dict[str, object]]
 CASES: list[Case] = [
     *(("sdxl", {"solver": name}, *found) for name, found in SDXL.items()),
@@ -60,10 +57,7 @@ CASES: list[Case] = [
     ("flux_shifting", {"solver": "unipc"}, "UniPCMultistepScheduler", FLOW_SIGMAS),
     ("flux_shifting", {"solver": "dpm++2m"}, DPM, FLOW_SIGMAS),
 ]  # fmt: skip
-PARAMS = [
-    pytest.param(*c, marks=BETA if c[1].get("schedule") == "beta" else (), id=f"{c[0]}-{'-'.join(c[1].values())}")
-    for c in CASES
-]
+PARAMS = [pytest.param(*c, id=f"{c[0]}-{'-'.join(c[1].values())}") for c in CASES]
 
 
 def with_scheduler(folder: Path, target: Path, **changes: object) -> Path:
@@ -193,7 +187,6 @@ def test_riders_with_different_solvers_equal_each_alone(one: str, other: str, so
         ("flux", {"solver": "dpm++2m"}, "solver", "use one of euler, unipc"),
         ("flux", {"solver": "unipc", "schedule": "karras"}, "schedule", "use one of simple, sgm_uniform"),
         ("flux_shifting", {"solver": "dpm++2m_sde"}, "solver", "use one of euler, dpm++2m, unipc"),
-        pytest.param("sdxl", {"schedule": "beta"}, "schedule", "needs scipy", marks=NO_BETA),
     ],
 )
 def test_what_a_model_cannot_use_is_refused(
@@ -210,12 +203,11 @@ def test_what_a_model_cannot_use_is_refused(
 
 def test_models_say_what_they_can_use(solving: str) -> None:
     """GetModel lists the names, and the model's own where it has some."""
-    beta = ["beta"] if is_scipy_available() else []
     with Client(solving) as client:
         sdxl, pndm, flux = (client.model(name) for name in ("sdxl", "sdxl_pndm", "flux"))
 
     assert list(sdxl.solvers) == list(SDXL)
-    assert list(sdxl.schedules) == ["simple", "normal", "karras", "exponential", *beta, "sgm_uniform"]
+    assert list(sdxl.schedules) == ["simple", "normal", "karras", "exponential", "beta", "sgm_uniform"]
     assert (sdxl.default_solver, sdxl.default_schedule) == ("euler", "normal")
     assert (pndm.default_solver, pndm.default_schedule) == ("", "")
     assert (flux.solvers, flux.default_solver, flux.default_schedule) == (("euler", "unipc"), "euler", "simple")
