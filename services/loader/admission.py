@@ -118,7 +118,7 @@ class Admission:
         None if all that could go would not be room enough, or all has been `asked`.
         """
         sources = tuple(sources)
-        need = sum(self._directory.header(source).file_bytes for source in self._missing(sources))
+        need = self._directory.arena_bytes(self._missing(sources))
         may_go = self._may_go(_identities(sources))
         if need > self._room() + sum(resident.arena.file_bytes for resident in may_go):
             return None
@@ -164,8 +164,7 @@ class Admission:
 
     def _check_budget(self, sources: Iterable[ComponentSource]) -> None:
         """Raises HostMemoryFull for what the budget can never hold."""
-        wanted = {source.identity: source for source in sources}.values()
-        need = sum(self._directory.header(source).file_bytes for source in wanted)
+        need = self._directory.arena_bytes(sources)
         if self._budget_bytes is not None and need > self._budget_bytes:
             have = _mib(self._budget_bytes)
             raise HostMemoryFull(f"the model needs {_mib(need)} and --host-budget is {have}: raise it")

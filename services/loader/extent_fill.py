@@ -6,6 +6,7 @@ import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import pairwise
 
 import xxhash
 
@@ -53,9 +54,8 @@ class ExtentFill:
         place = layout.extents[self._extent]
         self._begin = place.offset
         # The memory that a read has made: from its first byte, or the extent's, to the next one's.
-        starts = [self._begin, *(read.pieces[0].target for read in reads[1:])]
-        self._ends = dict(zip(reads, [*starts[1:], place.offset + place.size_bytes], strict=True))
-        self._starts = dict(zip(reads, starts, strict=True))
+        cuts = [place.offset, *(read.pieces[0].target for read in reads[1:]), place.offset + place.size_bytes]
+        self._ranges = dict(zip(reads, pairwise(cuts), strict=False))  # no reads: one range too many
         self._left_count = len(reads)
         with ExitStack() as stack:
             stack.enter_context(self._means.buffers.kept())
@@ -64,6 +64,9 @@ class ExtentFill:
             self._sources = {n: stack.enter_context(SourceFile(files[n], self._means.is_buffered)) for n in used}
             self._memory = stack.enter_context(self._arena.window(self._extent, is_backed=False))
             self._stack = stack.pop_all()
+        if not reads:  # nothing but empty tensors
+            self._arena.back(self._extent, self._memory, 0, place.size_bytes)
+            self._finish()
         return reads
 
     def read(self, read: Read) -> None:
@@ -94,8 +97,8 @@ class ExtentFill:
 
     def _bring(self, read: Read) -> None:
         self._means.pace.take(read.size_bytes)
-        start, end = self._starts[read] - self._begin, self._ends[read] - self._begin
-        self._arena.back(self._extent, self._memory, start, end)
+        start, end = self._ranges[read]
+        self._arena.back(self._extent, self._memory, start - self._begin, end - self._begin)
         targets = [Target(p.at, self._memory[p.target - self._begin :][: p.size_bytes]) for p in read.pieces]
         with self._means.buffers.one() as staging:
             self._sources[read.file].read(read.offset, read.size_bytes, targets, staging)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from pathlib import Path
 
 import structlog
+
+from services.loader.beside import beside
 
 FILES = (Path("/sys/fs/cgroup/memory.pressure"), Path("/proc/pressure/memory"))
 # The kernel renews its averages as often. What was given back shows in the average of ten seconds after some of these.
@@ -27,25 +29,17 @@ def stalled_percent(text: str) -> float:
     return float(found[1]) if found else 0.0
 
 
-@asynccontextmanager
-async def relieving(
+def relieving(
     give_back: Callable[[], Awaitable[int | None]],
     limit_percent: float,
     files: Sequence[Path] = FILES,
     period_s: float = PERIOD_S,
-) -> AsyncIterator[None]:
+) -> AbstractAsyncContextManager[None]:
     """Call `give_back`, which tells the bytes, each period that the pressure is above the limit; 0 turns it off."""
     file = next((file for file in files if file.exists()), None)
     if file is None or not limit_percent:
-        yield
-        return
-    task = asyncio.create_task(_relieve(file, give_back, limit_percent, period_s))
-    try:
-        yield
-    finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
+        return nullcontext()
+    return beside(_relieve(file, give_back, limit_percent, period_s))
 
 
 async def _relieve(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
 import structlog
 
+from services.loader.beside import beside
 from services.loader.progress import RateMeter
 
 LOOK_S = 0.2
@@ -85,18 +86,11 @@ class Bar:
         self._bar.stop()
 
 
-@asynccontextmanager
-async def telling(
+def telling(
     filling: Callable[[], Filling], new_teller: Callable[[], Teller], look_s: float = LOOK_S
-) -> AsyncIterator[None]:
+) -> AbstractAsyncContextManager[None]:
     """Tell of fills inside the block; each burst has a teller of its own."""
-    task = asyncio.create_task(_tell(filling, new_teller, look_s))
-    try:
-        yield
-    finally:
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
+    return beside(_tell(filling, new_teller, look_s))
 
 
 async def _tell(filling: Callable[[], Filling], new_teller: Callable[[], Teller], look_s: float) -> None:

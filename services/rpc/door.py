@@ -80,7 +80,11 @@ class Door:
         inner = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         inner.setblocking(False)
         inner.bind(f"\0headwater/{os.getpid()}/{next(self._count)}/uid={uid}")
-        await asyncio.get_running_loop().sock_connect(inner, os.fspath(self._behind))
+        try:
+            await asyncio.get_running_loop().sock_connect(inner, os.fspath(self._behind))
+        except BaseException:
+            inner.close()
+            raise
         inner_reader, inner_writer = await asyncio.open_unix_connection(sock=inner)
         try:
             await asyncio.gather(_pump(reader, inner_writer), _pump(inner_reader, writer))

@@ -82,25 +82,25 @@ def add_reflection(server: grpc.aio.Server, *services: str) -> None:
     reflection.enable_server_reflection(names, server)
 
 
-def bind(server: grpc.aio.Server, address: str) -> str:
-    """Bind `unix:/path` (mode 0660) or `host:port` and return the address, a port 0 replaced by the one given.
+def bind(server: grpc.aio.Server, address: str, mode: int = 0o660) -> str:
+    """Bind `unix:/path`, a file of `mode`, or `host:port` and return the address, a port 0 replaced by the one given.
 
     The socket file of a dead server is replaced. Raises OSError with one clear sentence if the address cannot be had.
     """
     if not address.startswith(_UNIX):
         return _bind_port(server, address)
-    with _socket_file(address):
+    with _socket_file(address, mode):
         _add_port(server, address)
     return address
 
 
 def bind_door(address: str) -> socket.socket | None:
-    """A socket bound to `unix:/path` as `bind` does it, for a Door to listen on; None for other addresses."""
+    """A socket bound to `unix:/path` (mode 0660), for a Door to listen on; None for other addresses."""
     if not address.startswith(_UNIX):
         return None
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        with _socket_file(address) as path:
+        with _socket_file(address, 0o660) as path:
             listening.bind(os.fspath(path))
     except BaseException:
         listening.close()
@@ -109,8 +109,8 @@ def bind_door(address: str) -> socket.socket | None:
 
 
 @contextmanager
-def _socket_file(address: str) -> Iterator[Path]:
-    """Where a socket may be bound inside the block: it gets mode 0660. Raises OSError."""
+def _socket_file(address: str, mode: int) -> Iterator[Path]:
+    """Where a socket may be bound inside the block: it gets `mode`. Raises OSError."""
     path = Path(address.removeprefix(_UNIX))
     if (length := len(os.fsencode(path))) > _MAX_SOCKET_PATH_BYTES:
         most = f"a socket's path has at most {_MAX_SOCKET_PATH_BYTES} bytes, this has {length}"
@@ -118,12 +118,12 @@ def _socket_file(address: str) -> Iterator[Path]:
     if not path.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, f"the folder of the socket does not exist: {path.parent}")
     _clear_stale(path)
-    before = os.umask(0o117)
+    before = os.umask(0o777 & ~mode)
     try:
         yield path
     finally:
         os.umask(before)
-    path.chmod(0o660)
+    path.chmod(mode)
 
 
 async def run_until_signal(

@@ -58,7 +58,7 @@ def repeated(gates: Iterable[Gate]) -> list[Gate]:
 def can_be_block(gate: Gate) -> bool:
     # A program assumes aligned params and is shared by all blocks of a kind.
     is_torch_layer = type(gate.module).__module__.startswith("torch.")
-    return not is_torch_layer and all(p.offset % KERNEL_ALIGNMENT == 0 for p in gate.params)
+    return not is_torch_layer and all(at % KERNEL_ALIGNMENT == 0 for at in gate.places)
 
 
 def describe(gate: Gate, component: type[nn.Module], config: Path) -> Block:

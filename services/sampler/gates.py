@@ -59,20 +59,18 @@ class Gate:
     size_bytes: int = 0  # of a slot that holds it
     places: tuple[int, ...] = ()  # of each param in the slot, as it is computed with
     arrivals: tuple[int, ...] = ()  # of each param's bytes in the slot, as they come from the arena
+    is_packed: bool = False  # whether some of it has to be unpacked
     extents: tuple[int, ...] = ()
     _waiting: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.copies, self.arrivals, end = lay_out(self.params)
         self.places, self.size_bytes = make_room(self.params, self.arrivals, end)
+        self.is_packed = any(param.packing for param in self.params)
         self.extents = tuple(
             sorted({e for p in self.params for e in extents_in(self.arena.extents, p.offset, p.size_bytes)})
         )
         self._waiting = list(self.extents)
-
-    @property
-    def is_packed(self) -> bool:
-        return any(param.packing for param in self.params)
 
     def is_ready(self) -> bool:
         """Whether every byte is in the arena. One list check once it was true."""

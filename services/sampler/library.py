@@ -57,7 +57,7 @@ class Library:
         self._asked: set[str] = set()  # the loader wants their room
         self._leaving: set[AttachedModel] = set()  # to be detached when nobody uses them
         self._tasks: set[asyncio.Task[None]] = set()
-        self._fetching: set[Gate] = set()
+        self._fetching: dict[Gate, asyncio.Task[None]] = {}
         self._loop = asyncio.get_running_loop()
         engine.on_starved = self._starved
 
@@ -243,14 +243,16 @@ class Library:
             self._spawn(self._detach(model))
 
     async def _detach(self, model: AttachedModel) -> None:
-        if follow := self._fills.pop(model, None):
-            follow.cancel()
+        fetches = [task for gate, task in self._fetching.items() if gate in model.gates]
+        for task in [*fetches, *filter(None, [self._fills.pop(model, None)])]:
+            task.cancel()  # it would look at arenas that are closed
         await on_baton(self._engine, model.detach)
 
-    def _spawn(self, work: Coroutine[object, object, None]) -> None:
+    def _spawn(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     # ---- what riders stand still for
 
@@ -261,8 +263,8 @@ class Library:
     def _fetch_first(self, gate: Gate) -> None:
         model = next((model for model in self.attached.values() if gate in model.gates), None)
         if model is not None and gate not in self._fetching:
-            self._fetching.add(gate)
-            self._spawn(self._fetch(model, gate))
+            self._fetching[gate] = self._spawn(self._fetch(model, gate))
+            self._fetching[gate].add_done_callback(lambda _: self._fetching.pop(gate))
 
     async def _fetch(self, model: AttachedModel, gate: Gate) -> None:
         """Have the loader read what a gate needs before what is only going to be needed."""
@@ -274,8 +276,6 @@ class Library:
                         break
         except HeadwaterError as error:
             log.debug("a gate's bytes were not fetched", gate=str(gate), reason=str(error))  # `_follow` tells
-        finally:
-            self._fetching.discard(gate)
 
 
 def is_replaced(model: AttachedModel, theirs: LoaderModel) -> bool:

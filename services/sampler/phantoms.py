@@ -15,14 +15,13 @@ from dataclasses import dataclass
 
 import torch
 
-from services.params.gguf_header import PACKINGS
 from services.params.layout import PlacedTensor
 from services.sampler.gates import round_up
+from services.sampler.packed import BY_NAME, check_packing
 
 # What packed params are computed with.
 DTYPE = torch.bfloat16
 _ITEM_BYTES = DTYPE.itemsize
-_BLOCKS = {packing.name: (packing.block, packing.block_bytes) for packing in PACKINGS.values()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,20 +35,28 @@ class Packed:
 
 def _has_to_be_unpacked(tensor: PlacedTensor) -> bool:
     """Blocks, and floats of another kind: a matrix product wants one dtype."""
-    blocks = tensor.dtype in _BLOCKS and _BLOCKS[tensor.dtype][0] > 1
-    return (blocks or tensor.dtype in ("F32", "F16")) and math.prod(tensor.shape) > 0
+    return (_is_in_blocks(tensor) or tensor.dtype in ("F32", "F16")) and math.prod(tensor.shape) > 0
+
+
+def _is_in_blocks(tensor: PlacedTensor) -> bool:
+    return tensor.dtype in BY_NAME and BY_NAME[tensor.dtype].block > 1
 
 
 def is_packed(tensors: Iterable[PlacedTensor]) -> bool:
     """Whether a component has numbers that no torch dtype holds."""
-    return any(tensor.dtype in _BLOCKS and _BLOCKS[tensor.dtype][0] > 1 for tensor in tensors)
+    return any(map(_is_in_blocks, tensors))
 
 
 class Phantoms:
-    """Tensors of a component that have to be unpacked, as others see them. Nothing may be read from them: all zeros."""
+    """Tensors of a component that have to be unpacked, as others see them. Nothing may be read from them: all zeros.
+
+    Raises UnsupportedModel for a packing that nothing here unpacks.
+    """
 
     def __init__(self, tensors: Iterable[PlacedTensor]) -> None:
         self._tensors = [tensor for tensor in tensors if _has_to_be_unpacked(tensor)]
+        for tensor in self._tensors:
+            check_packing(tensor.dtype)
         self._starts: list[int] = []
         end = 0
         for tensor in self._tensors:
@@ -77,7 +84,7 @@ class Phantoms:
         at = tensor.data_ptr() - self._space.data_ptr()
         number = bisect.bisect_right(self._starts, at) - 1
         whole, first = self._tensors[number], (at - self._starts[number]) // _ITEM_BYTES
-        block, block_bytes = _BLOCKS[whole.dtype]
+        _, block, block_bytes = BY_NAME[whole.dtype]
         if not tensor.is_contiguous() or first % block or tensor.numel() % block:
             raise ValueError(f"{whole.name} is {whole.dtype} and is needed in another order than it is packed in")
         offset = whole.offset + first // block * block_bytes

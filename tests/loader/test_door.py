@@ -73,6 +73,7 @@ def test_nobody_comes_by_another_way(bench: Workbench) -> None:
 
     with bench.loader():
         assert bench.arena_dir.stat().st_mode & 0o777 == 0o700
+        assert (bench.arena_dir / ".loader.sock").stat().st_mode & 0o777 == 0o600
         asyncio.run(use())
 
 

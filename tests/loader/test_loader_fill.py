@@ -3,8 +3,9 @@
 import asyncio
 from pathlib import Path
 
+import numpy as np
 from headwater.loader.v1 import loader_pb2 as pb
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from services.rpc.loader_client import LoaderClient
 from tests.loader.support import Workbench, assert_holds, attach_component, prepared, tensor_bytes
@@ -92,6 +93,23 @@ def test_a_later_callers_order_goes_before_what_nobody_named(bench: Workbench) -
             await first.aclose()
 
     with bench.loader("--max-fill-rate", "300KB", "--fill-threads", "1"):
+        asyncio.run(use())
+
+
+def test_an_extent_of_empty_tensors_becomes_ready(bench: Workbench) -> None:
+    """Nothing has to be read for it, and a sampler that maps it must not wait for ever."""
+    bench.add_model("toy")
+    tensors = {"a": np.zeros((0, 3), np.float32), "b": np.ones((64, 128), np.float32)}
+    save_file(tensors, bench.folders["toy"] / "text_encoder" / "model.safetensors")
+
+    async def use() -> None:
+        async with LoaderClient(bench.address) as client:
+            model = await prepared(client, "toy")
+            with attach_component(bench, model, "text_encoder") as arena:
+                assert len(arena.extents) == 2
+                assert_holds(arena, tensors)
+
+    with bench.loader():
         asyncio.run(use())
 
 

@@ -54,9 +54,14 @@ def unpack(
     raw: uint8, contiguous, from any byte on; packing: a name in PACKINGS; out: contiguous, to be written to. Raises
     UnsupportedModel for a packing that is not known here, ValueError for tensors that do not fit each other.
     """
-    if packing not in UNPACKERS:
-        raise UnsupportedModel(f"Weights packed as {packing} cannot be unpacked; {', '.join(UNPACKERS)} can.")
+    check_packing(packing)
     return _unpack(raw, UNPACKERS[packing], BY_NAME[packing], shape, _target(raw, shape, dtype, out), slice_bytes)
+
+
+def check_packing(name: str) -> None:
+    """Raises UnsupportedModel for a packing that is not known here."""
+    if name not in UNPACKERS:
+        raise UnsupportedModel(f"weights packed as {name} cannot be unpacked; {', '.join(UNPACKERS)} can")
 
 
 def unpack_fp8(
