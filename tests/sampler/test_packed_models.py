@@ -13,6 +13,9 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file, save_file
 
+from services.errors import UnsupportedModel
+from services.params.layout import PlacedTensor
+from services.sampler.phantoms import Phantoms
 from tests.sampler.support import pixels, plain_picture, plain_pipeline, served
 from tests.stack import Stack, running
 from tests.tiny_models import write_folder
@@ -128,3 +131,10 @@ def test_pictures_equal_diffusers_on_the_unpacked_numbers(
             result = served(sampler.addresses[0], f"z_image_{layout}_{kind}", PROMPT, SIZE, STEPS, SEED)
             assert np.array_equal(pixels(result.images[0].pil), plain), (layout, kind)
     sampler.stop()
+
+
+def test_a_packing_that_nothing_unpacks_is_refused_before_a_picture() -> None:
+    """By name, when the component is bound; ggml computes with Q8_K, and keeps no weights in it."""
+    tensor = PlacedTensor("blk.0.weight", "Q8_K", (2, 256), 0, 584, 0)
+    with pytest.raises(UnsupportedModel, match="packed as Q8_K"):
+        Phantoms([tensor])
