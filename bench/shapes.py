@@ -114,6 +114,7 @@ def z_image(tiny: bool) -> Recipe:
         },
         {"scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0), "tokenizer": qwen_tokenizer()},
         {**size, "step_count": 9, "guidance_scale": 0},
+        architecture="lumina2",
     )
 
 
