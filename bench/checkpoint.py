@@ -1,7 +1,7 @@
 """Writes pipeline folders with random weights at the real shapes of Z-Image, SDXL and Qwen-Image-Edit.
 
     python bench/checkpoint.py z-image /tmp/z-image                       bf16, 20.5 GB
-    python bench/checkpoint.py sdxl /tmp/sdxl                             fp16, 6.9 GB
+    python bench/checkpoint.py sdxl /tmp/sdxl                             fp16, 6.9 GB; sdxl-bf16 in bf16
     python bench/checkpoint.py qwen-image-edit /tmp/qwen --format q8_0    transformer as Q8_0 in GGUF, 21.7 + 16.8 GB
 
 `--format shards` (default) writes files of at most 5 GB with an index, as they circulate; `single` writes the denoiser

@@ -266,7 +266,7 @@ def budget_for(model: AttachedModel, share: float) -> int:
     streamed = [gate for gate in model.gates if not gate.pinned and not gate.host]
     slots = sum(each.size_bytes for each in plan_slots(streamed, max(SLOT_COUNTS))) + scratch_bytes(streamed)
     pinned = resident_bytes(gate for gate in model.gates if gate.pinned)
-    denoiser = sum(gate.size_bytes for gate in streamed if gate.component == "transformer")
+    denoiser = sum(gate.size_bytes for gate in streamed if gate.component in checkpoint.DENOISERS)
     return pinned + slots + round(share * denoiser)
 
 

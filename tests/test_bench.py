@@ -314,3 +314,10 @@ def test_packed(run: Any) -> None:
     assert [(row["form"], row["riders"]) for row in rows] == [(f, n) for f in ("bf16", "q8_0", "q4_k") for n in (1, 2)]
     assert all(row["equals_resident"] for row in rows)
     assert figures.keys() >= {"q8_0_to_bf16", "q4_k_to_bf16"}
+
+
+def test_shares(run: Any) -> None:
+    """Pictures do not depend on what stays."""
+    rows = run("shares")["rows"]
+    assert [row["resident"] for row in rows] == [0.0, 0.5, "all"]
+    assert all(row["bit_equal"] for row in rows)
