@@ -200,10 +200,21 @@ def all_at_once(model: AttachedModel, passages: Sequence[Passage[T]]) -> list[T]
     return [rider.result for rider in riders]  # type: ignore[misc]
 
 
-def new_ring(device: torch.device, budget_bytes: int | None = UNLIMITED, kind: type[Ring] = Ring) -> Ring:
+def new_ring(
+    device: torch.device,
+    budget_bytes: int | None = UNLIMITED,
+    slots: int = max(SLOT_COUNTS),
+    kind: type[Ring] = Ring,
+) -> Ring:
     """The transfer under a budget for params; None: nothing stays on the device."""
     registrar = Registrar(device, Driver()) if device.type == "cuda" else None
-    return kind(device, Budget(budget_bytes or UNLIMITED), keep_residents=budget_bytes is not None, registrar=registrar)
+    return kind(
+        device,
+        Budget(budget_bytes or UNLIMITED),
+        keep_residents=budget_bytes is not None,
+        slot_counts=(slots, *SLOT_COUNTS),
+        registrar=registrar,
+    )
 
 
 @dataclass(frozen=True)
@@ -261,10 +272,10 @@ def attached_to(
             torch.cuda.empty_cache()
 
 
-def budget_for(model: AttachedModel, share: float) -> int:
+def budget_for(model: AttachedModel, share: float, slots: int = max(SLOT_COUNTS)) -> int:
     """The budget that keeps `share` of the denoiser's bytes on the device, beside slots and what is always there."""
     streamed = [gate for gate in model.gates if not gate.pinned and not gate.host]
-    slots = sum(each.size_bytes for each in plan_slots(streamed, max(SLOT_COUNTS))) + scratch_bytes(streamed)
+    slots = sum(each.size_bytes for each in plan_slots(streamed, slots)) + scratch_bytes(streamed)
     pinned = resident_bytes(gate for gate in model.gates if gate.pinned)
     denoiser = sum(gate.size_bytes for gate in streamed if gate.component in checkpoint.DENOISERS)
     return pinned + slots + round(share * denoiser)
@@ -277,6 +288,6 @@ def step_bytes(model: AttachedModel) -> int:
 
 def resident_share(model: AttachedModel) -> float:
     """Part of the denoiser's bytes that stays on the device."""
-    gates = [gate for gate in model.gates_of("transformer") if not gate.pinned]
+    gates = [g for g in model.gates if g.component in checkpoint.DENOISERS and not g.pinned]
     stays = sum(model.engine.transfer.resident_bytes_of(gate) for gate in gates)
     return stays / sum(gate.size_bytes for gate in gates)

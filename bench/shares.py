@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,10 +23,11 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 from bench import checkpoint
 from bench.common import Figures, note, pick_device, quiet_libraries, report, seconds, table, z_image_parser
-from bench.riding import UNLIMITED, Arithmetic, attached_to, budget_for, new_ring
+from bench.riding import UNLIMITED, Arithmetic, attached_to, budget_for, new_ring, resident_share
 from bench.timeline import run
 from services.sampler.model import AttachedModel
 from services.sampler.requests import ImageRequest
+from services.sampler.residency import SLOT_COUNTS
 from tests.stack import Stack, running
 
 TAKES, WARM = 5, 2
@@ -60,16 +62,19 @@ def drawn(model: AttachedModel, options: argparse.Namespace, device: torch.devic
 def rows(stack: Stack, options: argparse.Namespace, device: torch.device) -> list[Figures]:
     arithmetic = Arithmetic(options.cuda_graphs)
     with attached_to(stack, "m", new_ring(device, UNLIMITED), options.tiny, arithmetic) as model:
-        budgets = {share: budget_for(model, share) for share in options.shares}
+        budgets = {share: budget_for(model, share, max(options.slots)) for share in options.shares}
         all_s, wanted = drawn(model, options, device)
     found = []
-    for share, budget in budgets.items():
-        with attached_to(stack, "m", new_ring(device, budget), options.tiny, arithmetic) as model:
+    for (share, budget), slots in itertools.product(budgets.items(), options.slots):
+        with attached_to(stack, "m", new_ring(device, budget, slots), options.tiny, arithmetic) as model:
             took_s, pictures = drawn(model, options, device)
+            stays = resident_share(model)
         equal = all(map(torch.equal, pictures, wanted))
-        found.append({"resident": share, "seconds": took_s, "to_all_resident": took_s / all_s, "bit_equal": equal})
+        row = {"resident": share, "slots": slots, "stays": stays, "seconds": took_s, "to_all_resident": took_s / all_s}
+        found.append(row | {"bit_equal": equal})
         note("shares", found[-1])
-    return [*found, {"resident": "all", "seconds": all_s, "to_all_resident": 1.0, "bit_equal": True}]
+    whole = {"resident": "all", "slots": 0, "stays": 1.0, "seconds": all_s, "to_all_resident": 1.0, "bit_equal": True}
+    return [*found, whole]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -78,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", type=int, nargs=2, default=(1152, 896), metavar="PX")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--shares", type=float, nargs="+", default=(0.0, 0.5), help="of the denoiser, 0 to 1")
+    parser.add_argument("--slots", type=int, nargs="+", default=[max(SLOT_COUNTS)], help="of the ring")
     parser.add_argument("--cuda-graphs", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args(arguments)
     if options.tiny:

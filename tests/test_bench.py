@@ -277,7 +277,7 @@ def test_unpack(run: Any) -> None:
     packings = [row["packing"] for row in figures["rows"]]
     assert {"Q8_0", "Q4_K", "IQ1_M", "NVFP4", "BF16", "F8_E4M3"} <= set(packings)
     assert len(set(packings)) == len(packings)
-    assert all(row["gb_s"] > 0 and row["to_copy"] > 0 for row in figures["rows"])
+    assert all(row["gb_s"] > 0 and row["moved_to_copy"] > 0 for row in figures["rows"])
 
 
 def test_abuse(run: Any) -> None:

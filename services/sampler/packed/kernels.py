@@ -189,15 +189,17 @@ def _q5_k(raw: tl.tensor, out: tl.tensor, count: tl.tensor, rows: tl.constexpr) 
     tl.store(out + row * 256 + run * 32 + number, value.to(out.dtype.element_ty))
 
 
-# By packing: the kernel, and how many blocks a program takes, which makes 2048 numbers.
-KERNELS: dict[str, tuple[Any, int]] = {
-    "Q4_0": (_q4_0, 64), "Q4_1": (_q4_1, 64), "Q5_0": (_q5_0, 64), "Q5_1": (_q5_1, 64), "Q8_0": (_q8_0, 64),
-    "Q2_K": (_q2_k, 8), "Q3_K": (_q3_k, 8), "Q4_K": (_q4_k, 8), "Q5_K": (_q5_k, 8), "Q6_K": (_q6_k, 8),
+# By packing: the kernel, how many blocks a program takes, and its warps. The best of those tried on an H200: 0.86 to
+# 0.95 of what a copy moves, where programs of four warps moved 0.61 to 0.88.
+KERNELS: dict[str, tuple[Any, int, int]] = {
+    "Q4_0": (_q4_0, 64, 1), "Q4_1": (_q4_1, 64, 1), "Q5_0": (_q5_0, 64, 1), "Q5_1": (_q5_1, 64, 1),
+    "Q8_0": (_q8_0, 64, 2), "Q2_K": (_q2_k, 8, 1), "Q3_K": (_q3_k, 8, 1), "Q4_K": (_q4_k, 16, 1),
+    "Q5_K": (_q5_k, 16, 1), "Q6_K": (_q6_k, 8, 1),
 }  # fmt: skip
 
 
 def launch(packing: str, raw: torch.Tensor, out: torch.Tensor, count: int) -> None:
     """Unpack `count` blocks of one of KERNELS from `raw` to `out`, on the current stream of their device."""
-    kernel, rows = KERNELS[packing]
+    kernel, rows, warps = KERNELS[packing]
     with torch.cuda.device(raw.device):
-        kernel[triton.cdiv(count, rows),](raw, out, count, rows, enable_fp_fusion=False)
+        kernel[triton.cdiv(count, rows),](raw, out, count, rows, num_warps=warps, enable_fp_fusion=False)
