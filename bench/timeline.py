@@ -3,7 +3,8 @@
     python bench/timeline.py --folder /tmp/z-image --output timeline
     python bench/timeline.py --model sdxl --folder /tmp/sdxl --output timeline-sdxl
 
-Writes OUTPUT-1.png and OUTPUT-4.png, and OUTPUT-1.json and OUTPUT-4.json for chrome://tracing or ui.perfetto.dev. Whole
+Writes OUTPUT-1.png and OUTPUT-4.png, and OUTPUT-1.json and OUTPUT-4.json for chrome://tracing or ui.perfetto.dev, or
+of other numbers of requests as --requests says. Whole
 pipelines on the engine in this process, a warm run first; nothing resident unless --resident says which share of the
 denoiser stays. On CUDA times are those of events on the copy stream and the compute stream.
 """
@@ -24,7 +25,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 from bench import checkpoint
 from bench.common import Figures, machine, pick_device, quiet_libraries, report, synchronize, table, z_image_parser
-from bench.riding import UNLIMITED, Passage, all_at_once, attached_to, budget_for, new_ring
+from bench.riding import UNLIMITED, Arithmetic, Passage, all_at_once, attached_to, budget_for, new_ring
 from bench.trace import BUS, Span, Trace, TracedRing, stalls, trace_riders
 from services.sampler.model import AttachedModel
 from services.sampler.requests import ImageRequest
@@ -33,7 +34,7 @@ from tests.stack import Stack, running
 WIDTH, LEFT, TOP, LANE, GAP = 1800, 110, 64, 34, 12
 COLOURS = {"text_encoder": "#7e57c2", "transformer": "#1e88e5", "vae": "#43a047", BUS: "#fb8c00"}
 STALLS = {BUS: "#e53935", "host": "#fdd835"}
-GUIDANCE = {"z-image": 0.0, "sdxl": None}  # by model; None: its own
+GUIDANCE = {"z-image": 0.0, "sdxl": None, "sdxl-bf16": None}  # by model; None: its own
 SIZES = ((1024, 688), (512, 512), (768, 512), (640, 448))
 TINY_SIZES = ((64, 48), (64, 64), (48, 64), (64, 48))
 
@@ -76,9 +77,9 @@ def traced(stack: Stack, counts: Sequence[int], options: argparse.Namespace) -> 
         ring = new_ring(device, budget, kind=TracedRing)
     assert isinstance(ring, TracedRing)
     ring.trace = trace = Trace(device)
-    sizes = TINY_SIZES if options.tiny else SIZES
+    sizes = TINY_SIZES if options.tiny else [options.size] * max(counts) if options.size else SIZES
     spans = {}
-    with attached_to(stack, "z", ring, options.tiny) as model:
+    with attached_to(stack, "z", ring, options.tiny, Arithmetic(options.cuda_graphs)) as model:
         name = trace_riders(model.engine, trace)
         for count in counts:
             for take in ("warm", "more", "drawn"):
@@ -200,6 +201,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", choices=GUIDANCE, default="z-image")
     parser.add_argument("--output", type=Path, default=Path("timeline"), help="start of the files' names")
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--requests", type=int, nargs="+", default=(1, 4), help="at once, at most 4")
+    parser.add_argument("--size", type=int, nargs=2, metavar="PX", help="of all requests (default: of each its own)")
+    parser.add_argument("--cuda-graphs", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--resident", type=float, default=0.0, metavar="SHARE", help="of the denoiser, 0 to 1")
     options = parser.parse_args(arguments)
     quiet_libraries()
@@ -209,7 +213,7 @@ def main(arguments: list[str] | None = None) -> None:
         running(disk, {"z": folder}) as stack,
     ):
         stack.loader("--eager-load", extent_bytes="64KiB" if options.tiny else "64MiB")
-        traces = traced(stack, (1, 4), options)
+        traces = traced(stack, options.requests, options)
     figures: dict[str, Figures] = {}
     for count, spans in traces.items():
         what = f"{count} request{'s' if count > 1 else ''}, {options.model}, {options.steps} steps"
@@ -218,7 +222,7 @@ def main(arguments: list[str] | None = None) -> None:
         output = options.output.with_name(f"{options.output.name}-{count}")
         figures[str(count)] = write(output, title, spans, at_least_ms=0.05)
     rows = [(count, *found.values()) for count, found in figures.items()]
-    table("timeline", ("requests", *figures["1"]), rows)
+    table("timeline", ("requests", *next(iter(figures.values()))), rows)
     report("timeline", device, {"model": options.model, "resident_share": options.resident, "requests": figures})
 
 
