@@ -136,8 +136,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--models", type=Path, help="models.toml: a table [models.NAME] with folder = ... for each model")
-    add("--add", action="append", default=[], metavar="NAME=PATH",
-        help="serve this diffusers folder too, without a line in models.toml; may be repeated")  # fmt: skip
+    add("--add", action="append", default=[], metavar="NAME=PATH[,type=TYPE]",
+        help="serve this diffusers folder too, without a line in models.toml, packed as TYPE, e.g. q8_0, if it is "
+        "given; may be repeated")  # fmt: skip
     add("--listen", metavar="ADDRESS", help="unix:/path (mode 0660) or host:port")
     add("--allow-uid", type=int, action="append", default=[], metavar="UID",
         help="let this user call over the socket too; may be repeated (always: the loader's own, root)")  # fmt: skip
