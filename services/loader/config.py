@@ -146,7 +146,8 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in (("check", "compare all that is filled with its digests"), ("clean", "remove what nobody owns")):
         task.add_argument(f"--{name}", dest="task", action="store_const", const=name, help=f"{text}, and do not serve")
     task.add_argument("--inspect", type=Path, nargs="+", metavar="PATH",
-        help="tell what checkpoint files and model folders hold, and do not serve")  # fmt: skip
+        help="tell what checkpoint files and model folders hold, and what models of a models.toml will be in memory;"
+        " do not serve")  # fmt: skip
     add("--json", action="store_true", help="with --inspect: print one JSON document")
     add("--arena-dir", type=Path, default=Path("/dev/shm/headwater"), help="folder on a tmpfs (default: %(default)s)")
     add("--allow-disk", action="store_true", help="accept an arena folder that is not on a tmpfs")

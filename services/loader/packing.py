@@ -1,7 +1,7 @@
 """Numbers are packed as ggml's types while an extent is filled: what gguf.quants.quantize makes of them, bit for bit.
 
 The only file of the loader that imports numpy and gguf; it is imported when the first read has something to pack.
-Q8_0 has a way of its own here, four times as fast as the package's; the other types go through the package.
+Q8_0 has a way of its own here, several times as fast as the package's; the other types go through the package.
 Source of the types: https://github.com/ggml-org/ggml/blob/master/src/ggml-quants.c.
 """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
 import gguf
@@ -13,7 +14,9 @@ from headwater.loader.v1 import loader_pb2 as pb
 from safetensors.numpy import save_file
 
 from services import errors
+from services.loader import inspection
 from services.loader.catalog import read_model
+from services.loader.config import Inspect
 from services.loader.entries import ConfigError, ModelEntry, parse_added, read_models
 from services.loader.transcode import TypeRules, plan
 from services.params.arena import AttachedArena
@@ -150,6 +153,14 @@ def test_an_added_models_type_is_checked_too(tmp_path: Path) -> None:
     make_model(tmp_path / "toy")
     with pytest.raises(ConfigError, match=r"--add a=.*: type: 'q9' is no type"):
         parse_added(f"a={tmp_path}/toy,type=q9")
+
+
+def test_a_type_without_its_packages_is_refused_at_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not when the first read comes; models without one need neither."""
+    monkeypatch.setattr("services.loader.entries.find_spec", lambda name: None if name == "gguf" else name)
+    with pytest.raises(ConfigError, match=r"models.toy: a type needs gguf: pip install 'headwater\[transcode\]'"):
+        entry_of(tmp_path, Q8)
+    assert not entry_of(tmp_path, "").types
 
 
 def test_a_rule_that_is_about_no_tensor_makes_the_model_unfit(tmp_path: Path) -> None:
@@ -321,3 +332,19 @@ def test_a_changed_type_is_a_new_generation_at_the_reload(bench: Workbench) -> N
 
     with bench.loader():
         asyncio.run(use())
+
+
+def test_a_models_toml_is_inspected_as_it_will_be_in_memory(
+    bench: Workbench, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is served: types and bytes by component; a model that cannot be served says why."""
+    bench.add_model("toy")
+    bench.add_model("bad", seed=2)
+    bench.options |= {"toy": Q8, "bad": '[models.bad.types]\n"typo" = "q8_0"'}
+
+    assert inspection.run(Inspect((bench.write_models(),), as_json=True)) == 1
+    bad, toy = json.loads(capsys.readouterr().out)
+    assert "no tensor's name has 'typo'" in bad["reason"]
+    types = toy["components"]["transformer"]["types"]
+    assert types["Q8_0"] == {"count": 6, "size_bytes": 6 * 64 * 64 // 32 * 34}
+    assert types.keys() == {"Q8_0", "U8", "F32"}
