@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 # Numbers at a time. Each step on them is a numpy call that lets other threads run while it does and waits for its turn
 # when it has: with chunks that fit a second-level cache, sixteen threads spend their time on waiting.
-CHUNK_NUMBERS = 1 << 18
+CHUNK_NUMBERS = 1 << 19
 # What packing takes at most, beside the numbers and the blocks. BF16, by the package, takes 26 bytes a number, the
 # types in blocks less than 14.
 SCRATCH_BYTES = 32 * CHUNK_NUMBERS
