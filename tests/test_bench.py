@@ -321,3 +321,14 @@ def test_shares(run: Any) -> None:
     rows = run("shares")["rows"]
     assert [row["resident"] for row in rows] == [0.0, 0.5, "all"]
     assert all(row["bit_equal"] for row in rows)
+
+
+def test_transcode(run: Any) -> None:
+    """What is packed is the package's; a type of more bits loses less; fills are smaller."""
+    figures = run("transcode", "--types", "q8_0", "q4_0", "--rounds", "1", "--threads", "2", "--pictures", "1")
+    assert all(row["equal"] for row in figures["core"])
+    plain, *packed = figures["fills"]
+    assert all(row["memory"] < plain["memory"] and row["files_gb_s"] > 0 for row in packed)
+    eight, four = figures["losses"]
+    assert 0 < eight["weight_error"] < four["weight_error"] < 0.2
+    assert eight["pixel_mean"] < four["pixel_mean"]

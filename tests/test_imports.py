@@ -1,10 +1,14 @@
 """Who may import whom, read from the source with `ast`, also inside functions."""
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.loader.support import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 SERVICES = ROOT / "services"
@@ -12,6 +16,8 @@ SERVICES = ROOT / "services"
 GRPC = {"grpc", "grpc_health", "grpc_reflection", "grpc_status", "headwater", "google"}
 TORCH = {"torch", "diffusers", "transformers", "accelerate", "safetensors", "numpy", "gguf"}
 
+# The only module of the loader that may import numpy and gguf.
+PACKER = "services.loader.packing"
 # server.py is the part of the sampler's __main__ that is imported late.
 EDGE = {"service", "server", "__main__"}
 
@@ -77,8 +83,14 @@ def test_params_and_errors_know_neither_grpc_nor_torch(name: str) -> None:
 
 @pytest.mark.parametrize("name", of("rpc", "loader"))
 def test_the_loader_imports_no_torch(name: str) -> None:
-    """It starts in a third of a second."""
-    assert not roots(name) & TORCH
+    """It starts in a third of a second; numpy and gguf are for the one module that packs."""
+    assert not roots(name) & (TORCH - ({"numpy", "gguf"} if name == PACKER else set()))
+
+
+def test_a_loader_that_packs_nothing_does_without_numpy() -> None:
+    """The module that packs is imported when the first tensor is to be packed."""
+    late = f"import sys, services.loader.__main__; sys.exit({PACKER!r} in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", late], env=environment(), check=False).returncode == 0
 
 
 @pytest.mark.parametrize("name", of("loader", "sampler"))

@@ -7,7 +7,7 @@ that model_index.json names and that holds safetensors or GGUF, or for which the
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ import xxhash
 
 from services.errors import BadCheckpoint
 from services.loader.entries import ModelEntry
-from services.loader.weights import WEIGHTS_SUFFIXES, pick_files, read_named
+from services.loader.transcode import Transform, TypeRules, full_name, plan
+from services.loader.weights import WEIGHTS_SUFFIXES, pick_files, read_named, role_of
 from services.params.checkpoint import read_checkpoint
 from services.params.header import VERSION
 from services.params.layout import Layout, place
@@ -28,12 +29,16 @@ MAX_INDEX_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class ComponentSource:
-    """A component on disk. `identity` (32 hex digits) tells whether an arena holds exactly these bytes, so laid out."""
+    """A component on disk, and what of it changes on its way into an arena.
+
+    identity: 32 hex digits that tell whether an arena holds exactly these bytes, so changed and so laid out.
+    """
 
     name: str
     checkpoint: Checkpoint
     layout: Layout
     identity: str
+    transform: Transform = field(default_factory=Transform)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +71,11 @@ def read_model(entry: ModelEntry, extent_bytes: int) -> ModelSource:
         name: read_named(name, paths) if name in entry.files else _read_own(name, paths[0])
         for name, paths in picked.items()
     }
-    components = tuple(_component(name, checkpoint, extent_bytes) for name, checkpoint in checkpoints.items())
+    _check_rules(entry.types, checkpoints)
+    components = tuple(
+        _component(name, checkpoint, plan(name, checkpoint, entry.types, role_of(name)), extent_bytes)
+        for name, checkpoint in checkpoints.items()
+    )
     return ModelSource(str(index.get("_class_name", "")), components, small, small_digest)
 
 
@@ -83,15 +92,28 @@ def _read_own(name: str, path: Path) -> Checkpoint:
         raise BadCheckpoint(f"{name}/{error}") from error
 
 
-def _component(name: str, checkpoint: Checkpoint, extent_bytes: int) -> ComponentSource:
-    identity = identity_of(checkpoint, extent_bytes)
-    return ComponentSource(name, checkpoint, place(checkpoint.tensors, extent_bytes), identity)
+def _check_rules(rules: TypeRules, checkpoints: Mapping[str, Checkpoint]) -> None:
+    """A rule that is about nothing is a name that was mistyped: the model would be another than was meant."""
+    names = (full_name(name, tensor) for name, checkpoint in checkpoints.items() for tensor in checkpoint.tensors)
+    if rules and (pattern := rules.idle(names)) is not None:
+        raise BadCheckpoint(
+            f"types: no tensor's name has {pattern[:64]!r} in it; names are COMPONENT.TENSOR, and components are"
+            f" {', '.join(checkpoints)}"
+        )
 
 
-def identity_of(checkpoint: Checkpoint, extent_bytes: int) -> str:
+def _component(name: str, checkpoint: Checkpoint, transform: Transform, extent_bytes: int) -> ComponentSource:
+    identity = identity_of(checkpoint, extent_bytes, transform)
+    return ComponentSource(
+        name, checkpoint, place(transform.stored(checkpoint.tensors), extent_bytes), identity, transform
+    )
+
+
+def identity_of(checkpoint: Checkpoint, extent_bytes: int, transform: Transform | None = None) -> str:
     """Digest of all that decides an arena's bytes: the files' identities and headers, the layout, the transform."""
     files = [[*astuple(file.identity), file.header_digest] for file in checkpoint.files]
-    text = json.dumps({"layout": VERSION, "extent_bytes": extent_bytes, "transform": "none", "files": files})
+    types = dict(sorted(transform.types.items())) if transform else {}
+    text = json.dumps({"layout": VERSION, "extent_bytes": extent_bytes, "transform": types or "none", "files": files})
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 

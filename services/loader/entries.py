@@ -4,7 +4,10 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
+
+from services.loader.transcode import TypeRules, parse_type
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _NAME_RULE = "a name is up to 64 letters, digits, dots, dashes and underscores"
@@ -20,6 +23,7 @@ class ModelEntry:
 
     pin: once in memory its components stay there until an operator evicts them.
     files: by component, the weights files that are served in place of those in the folder.
+    types: what its tensors become in memory.
     """
 
     name: str
@@ -27,6 +31,7 @@ class ModelEntry:
     variant: str = ""
     pin: bool = False
     files: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
+    types: TypeRules = field(default_factory=TypeRules)
 
 
 def read_entries(file: Path | None, added: Sequence[ModelEntry]) -> tuple[ModelEntry, ...]:
@@ -55,15 +60,17 @@ def read_models(path: Path) -> tuple[ModelEntry, ...]:
 
 
 def parse_added(text: str) -> ModelEntry:
-    """The model of `--add NAME=PATH`, a diffusers folder. Raises ConfigError."""
-    name, equals, path = text.partition("=")
+    """The model of `--add NAME=PATH[,type=TYPE]`, a diffusers folder. Raises ConfigError."""
+    name, equals, rest = text.partition("=")
+    path, has_type, type_ = rest.partition(",type=")
     if not equals or not path:
         raise ConfigError(f"--add {text}: NAME=PATH was expected, such as sdxl=/models/sdxl")
     if not _NAME.fullmatch(name):
         raise ConfigError(f"--add {text}: {_NAME_RULE}")
     if not (Path(path) / "model_index.json").is_file():
         raise ConfigError(f"--add {text}: there is no model_index.json: give a diffusers folder, or use models.toml")
-    return ModelEntry(name, Path(path).absolute())
+    types = _types(f"--add {text}", {"type": type_} if has_type else {})
+    return ModelEntry(name, Path(path).absolute(), types=types)
 
 
 def _entry(path: Path, name: str, table: object) -> ModelEntry:
@@ -72,14 +79,15 @@ def _entry(path: Path, name: str, table: object) -> ModelEntry:
         raise ConfigError(f"{where}: {_NAME_RULE}")
     if not isinstance(table, dict) or not isinstance(table.get("folder"), str):
         raise ConfigError(f'{where} needs folder = "..."')
-    _check_keys(where, table, {"folder", "variant", "pin", "files"})
+    _check_keys(where, table, {"folder", "variant", "pin", "files", "type", "types"})
     variant, pin = table.get("variant", ""), table.get("pin", False)
     if not isinstance(variant, str) or (variant and not _NAME.fullmatch(variant)):
         raise ConfigError(f'{where}: variant is a word such as "fp16"')
     if not isinstance(pin, bool):
         raise ConfigError(f"{where}: pin is true or false")
     files = _files(f"{where}.files", path.parent, table.get("files", {}))
-    return ModelEntry(name, (path.parent / table["folder"]).absolute(), variant, pin, files)
+    types = _types(where, table)
+    return ModelEntry(name, (path.parent / table["folder"]).absolute(), variant, pin, files, types)
 
 
 def _files(where: str, root: Path, table: object) -> dict[str, tuple[Path, ...]]:
@@ -92,6 +100,26 @@ def _files(where: str, root: Path, table: object) -> dict[str, tuple[Path, ...]]
             raise ConfigError(f'{where}: {component} is a file, "...", or a list of files, ["...", "..."]')
         files[component] = tuple((root / path).absolute() for path in paths)
     return files
+
+
+def _types(where: str, table: Mapping[str, object]) -> TypeRules:
+    """The keys `type` and `types` of a model's table, both optional."""
+    rules = table.get("types", {})
+    if not isinstance(rules, dict):
+        raise ConfigError(f'{where}.types is no table: write [models.NAME.types] and "PATTERN" = "q8_0" under it')
+    for pattern in rules:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(f"{where}.types: {pattern!r} is no regular expression: {error}") from error
+    try:
+        type_ = parse_type(table["type"]) if "type" in table else ""
+        found = TypeRules(type_, tuple((pattern, parse_type(value)) for pattern, value in rules.items()))
+    except ValueError as error:
+        raise ConfigError(f"{where}: type: {error}") from error
+    if found and (missing := [name for name in ("numpy", "gguf") if not find_spec(name)]):
+        raise ConfigError(f"{where}: a type needs {' and '.join(missing)}: pip install 'headwater[transcode]'")
+    return found
 
 
 def _check_keys(where: str, table: dict[str, object], known: set[str]) -> None:

@@ -12,8 +12,8 @@ import xxhash
 
 from services.loader.buffers import Buffers
 from services.loader.pace import FillStopped, Pace
-from services.loader.reads import Read, plan_reads
-from services.loader.source import SourceFile, Target
+from services.loader.reads import Piece, Read, plan_reads
+from services.loader.source import SourceFile, Target, share_out
 from services.params.owned_arena import OwnedArena
 from services.params.specs import Checkpoint, TensorSpec
 
@@ -99,9 +99,24 @@ class ExtentFill:
         self._means.pace.take(read.size_bytes)
         start, end = self._ranges[read]
         self._arena.back(self._extent, self._memory, start - self._begin, end - self._begin)
-        targets = [Target(p.at, self._memory[p.target - self._begin :][: p.size_bytes]) for p in read.pieces]
+        source = self._sources[read.file]
         with self._means.buffers.one() as staging:
-            self._sources[read.file].read(read.offset, read.size_bytes, targets, staging)
+            if not read.is_changed:
+                source.read(read.offset, read.size_bytes, list(map(self._target, read.pieces)), staging)
+                return
+            raw = source.fetch(read.offset, read.size_bytes, staging)
+            share_out(raw, [self._target(piece) for piece in read.pieces if not piece.change])
+            for piece in read.pieces:
+                if piece.change:
+                    self._pack(raw, piece, *piece.change)
+
+    def _target(self, piece: Piece) -> Target:
+        return Target(piece.at, self._memory[piece.target - self._begin :][: piece.target_bytes])
+
+    def _pack(self, raw: memoryview, piece: Piece, source: str, target: str) -> None:
+        from services.loader.packing import pack  # numpy: most loaders do without
+
+        pack(raw[piece.at :][: piece.size_bytes], source, target, self._target(piece).memory)
 
     def _finish(self) -> None:
         with self._stack:

@@ -7,14 +7,18 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from services.errors import BadCheckpoint
-from services.loader.catalog import parts_of, read_index
+from services.loader.catalog import parts_of, read_index, read_model
 from services.loader.config import Inspect
+from services.loader.entries import ModelEntry, read_models
 from services.loader.weights import pick_weights, recognised
 from services.params.checkpoint import read_checkpoint
+from services.params.layout import EXTENT_BYTES
 from services.params.recognise import UNKNOWN, Architecture
+from services.params.specs import Checkpoint, TensorSpec
 
 _FORMATS = {".gguf": "GGUF", ".json": "sharded safetensors"}
 _UNITS = ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"))
@@ -63,8 +67,8 @@ Report = FileReport | FolderReport
 def run(inspect: Inspect) -> int:
     """Print what each file or folder is; 1 if something cannot be read."""
     reports = []
-    for path in _expanded(inspect.paths):
-        reports.append(report := folder_report(path) if _is_folder(path) else file_report(path))
+    for report in chain.from_iterable(map(_reports, _expanded(inspect.paths))):
+        reports.append(report)
         if not inspect.as_json:
             print("\n".join(_lines(report)), flush=True)  # noqa: T201
     if inspect.as_json:
@@ -82,6 +86,13 @@ def _expanded(paths: Iterable[Path]) -> Iterator[Path]:
         yield from files or [path]
 
 
+def _reports(path: Path) -> Iterator[Report]:
+    if path.suffix == ".toml":
+        yield from map(model_report, read_models(path))
+    else:
+        yield folder_report(path) if _is_folder(path) else file_report(path)
+
+
 def _is_folder(path: Path) -> bool:
     with suppress(OSError):
         return path.is_dir()
@@ -96,13 +107,35 @@ def file_report(path: Path) -> FileReport:
     except BadCheckpoint as error:
         report.reason = str(error).removeprefix(f"{path.name}: ")
         return report
-    for tensor in checkpoint.tensors:
+    _describe(report, checkpoint, checkpoint.tensors)
+    return report
+
+
+def _describe(report: FileReport, checkpoint: Checkpoint, tensors: Iterable[TensorSpec]) -> None:
+    """Fill in what a checkpoint is, its tensors as they are or as they will be."""
+    for tensor in tensors:
         amount = report.types.setdefault(tensor.dtype, Amount())
         amount.count += 1
         amount.size_bytes += tensor.size_bytes
     report.files = [file.path.name for file in checkpoint.files]
     report.architecture, report.stated = recognised(checkpoint), checkpoint.files[0].stated
-    report.tensor_count, report.size_bytes = len(checkpoint.tensors), checkpoint.size_bytes
+    report.tensor_count = len(checkpoint.tensors)
+    report.size_bytes = sum(amount.size_bytes for amount in report.types.values())
+
+
+def model_report(entry: ModelEntry) -> FolderReport:
+    """A model of models.toml as it will be in memory: its own files and types. Reads headers only."""
+    report = FolderReport(entry.name)
+    try:
+        source = read_model(entry, EXTENT_BYTES)
+    except BadCheckpoint as error:
+        report.reason = str(error)
+        return report
+    report.pipeline_class = source.pipeline_class
+    for part in source.components:
+        path = part.checkpoint.files[0].path
+        report.components[part.name] = one = FileReport(str(path), _FORMATS.get(path.suffix, "safetensors"))
+        _describe(one, part.checkpoint, part.transform.stored(part.checkpoint.tensors))
     return report
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ class Models:
     def __init__(self, entries: Iterable[ModelEntry], extent_bytes: int) -> None:
         self._extent_bytes = extent_bytes
         self._records = {entry.name: ModelRecord(entry) for entry in entries}
+        self._told: set[str] = set()  # identities
 
     def __iter__(self) -> Iterator[ModelRecord]:
         return iter(list(self._records.values()))
@@ -55,9 +57,24 @@ class Models:
         try:
             record.source = await asyncio.to_thread(read_model, record.entry, self._extent_bytes)
             record.reason = ""
+            self._tell(record)
         except BadCheckpoint as error:
             record.source, record.reason = None, str(error)
             _log.warning("a model cannot be served", model=record.entry.name, reason=record.reason)
+
+    def _tell(self, record: ModelRecord) -> None:
+        """Say once of each component what is changed on its way into memory, and what could not be."""
+        for part in record.components:
+            change, label = part.transform, f"{record.entry.name}/{part.name}"
+            if part.identity in self._told or not (change.types or change.left):
+                continue
+            self._told.add(part.identity)
+            types = dict(Counter(change.types.values()))
+            sizes = {"source_bytes": part.checkpoint.size_bytes, "arena_bytes": part.layout.data_bytes}
+            _log.info("packed as it is read", component=label, tensors=types, **sizes)
+            for reason, (count, size_bytes) in change.left.items():
+                _log.info("tensors stay as they are", component=label, reason=reason, count=count,
+                          size_bytes=size_bytes)  # fmt: skip
 
     async def replace(self, entries: Iterable[ModelEntry]) -> Reloaded:
         """Take over another models.toml; models whose entry and files are as before keep their record."""

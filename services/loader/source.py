@@ -3,8 +3,8 @@
 import ctypes
 import errno
 import os
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,14 +58,31 @@ class SourceFile:
 
         staging: page-aligned, for two pages more than the range. Raises BadCheckpoint, CheckpointChanged.
         """
-        try:
-            if self._direct == self._fd or _is_cached(self._fd, offset, size_bytes):
+        with self._reading(offset, size_bytes):
+            if self._is_at_hand(offset, size_bytes):
                 self._read_in_place(offset, [target.memory for target in targets if len(target.memory)])
             else:
-                self._read_around(offset, size_bytes, targets, staging)
+                share_out(self._read_around(offset, size_bytes, staging), targets)
+
+    def fetch(self, offset: int, size_bytes: int, staging: memoryview) -> memoryview:
+        """As `read`, but the bytes stay in the staging buffer; where they lie there."""
+        with self._reading(offset, size_bytes):
+            if not self._is_at_hand(offset, size_bytes):
+                return self._read_around(offset, size_bytes, staging)
+            self._read_in_place(offset, [staging[:size_bytes]])
+            return staging[:size_bytes]
+
+    @contextmanager
+    def _reading(self, offset: int, size_bytes: int) -> Iterator[None]:
+        try:
+            yield
             os.posix_fadvise(self._fd, offset, size_bytes, os.POSIX_FADV_DONTNEED)
         except OSError as error:
             raise self._bad(error) from error
+
+    def _is_at_hand(self, offset: int, size_bytes: int) -> bool:
+        """Whether a range is to be read through the page cache."""
+        return self._direct == self._fd or _is_cached(self._fd, offset, size_bytes)
 
     def _read_in_place(self, offset: int, left: list[memoryview]) -> None:
         while left:
@@ -76,15 +93,13 @@ class SourceFile:
             if left:
                 left[0] = left[0][count:]
 
-    def _read_around(self, offset: int, size_bytes: int, targets: Sequence[Target], staging: memoryview) -> None:
-        """By whole pages, as O_DIRECT wants it, and from the staging buffer to where the bytes belong."""
+    def _read_around(self, offset: int, size_bytes: int, staging: memoryview) -> memoryview:
+        """By whole pages, as O_DIRECT wants it; where the bytes lie in the staging buffer."""
         start, have = offset // PAGE * PAGE, 0
         end = round_up(offset + size_bytes, PAGE)
         while have < offset + size_bytes - start:
             have += self._some(os.preadv(self._direct, [staging[have : end - start]], start + have))
-        source = address_of(staging) + offset - start
-        for target in targets:  # a slice's assignment would keep all other threads waiting
-            ctypes.memmove(address_of(target.memory), source + target.at, len(target.memory))
+        return staging[offset - start :][:size_bytes]
 
     def _some(self, count: int) -> int:
         if not count:
@@ -110,6 +125,13 @@ class SourceFile:
 
     def _bad(self, error: OSError) -> BadCheckpoint:
         return BadCheckpoint(f"{self.path.name} cannot be read: {os.strerror(error.errno or 0)}")
+
+
+def share_out(raw: memoryview, targets: Sequence[Target]) -> None:
+    """Move a read's bytes to where they belong."""
+    source = address_of(raw)
+    for target in targets:  # a slice's assignment would keep all other threads waiting
+        ctypes.memmove(address_of(target.memory), source + target.at, len(target.memory))
 
 
 def forget(path: Path) -> None:

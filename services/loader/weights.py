@@ -91,9 +91,14 @@ def recognised(checkpoint: Checkpoint) -> Architecture:
     return recognise((tensor.name for tensor in checkpoint.tensors), checkpoint.files[0].stated)
 
 
+def role_of(component: str) -> Role | None:
+    """What a component is to its pipeline, as far as its name tells."""
+    return _ROLES.get(component.rstrip("0123456789").rstrip("_"))
+
+
 def _check_role(component: str, file: str, found: Architecture, is_first: bool) -> None:
     """A LoRA or an all-in-one file is no component at all; else it is told by the component's name."""
-    wanted = _ROLES.get(component.rstrip("0123456789").rstrip("_"))
+    wanted = role_of(component)
     is_other = wanted is not None and found.role not in (wanted, Role.UNKNOWN)
     if found.role is Role.VISION_TOWER and wanted is Role.TEXT_ENCODER and not is_first:
         return
