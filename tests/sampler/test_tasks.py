@@ -1,0 +1,188 @@
+"""Image to image, inpainting and edits: each picture is what diffusers' own class for it draws from the same folder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_inpaint as pipeline_qwenimage_edit_inpaint
+from PIL import Image
+
+from services.errors import InvalidRequest
+from services.sampler.budget import Budget
+from services.sampler.drawing import Drawing
+from services.sampler.model import AttachedModel
+from services.sampler.pixels import Pixels
+from services.sampler.processors import processors_of
+from services.sampler.requests import ImageRequest, Phase, Progress, Task
+from services.sampler.riders import Rider
+from services.sampler.ring import Ring
+from services.sampler.work import WorkMemory
+from services.sampler.workspace import Workspace
+from tests import tiny_editors, tiny_models
+from tests.sampler.inprocess import attached
+from tests.sampler.support import pixels
+from tests.stack import Stack, running
+
+ALL = [Task.TEXT_TO_IMAGE, Task.IMAGE_TO_IMAGE, Task.INPAINT]
+# What diffusers has for each family: (tasks, class of each that takes an image).
+FAMILIES = {
+    "z_image": (ALL, ["ZImageImg2ImgPipeline", "ZImageInpaintPipeline"]),
+    "qwen_image": (ALL, ["QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline"]),
+    "flux": (ALL, ["FluxImg2ImgPipeline", "FluxInpaintPipeline"]),
+    "sdxl": (ALL, ["StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline"]),
+    "sd15": (ALL, ["StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"]),
+    "sd3": (ALL, ["StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"]),
+    "kontext": ([Task.TEXT_TO_IMAGE, Task.EDIT], ["FluxKontextPipeline"]),
+    "qwen_edit": ([Task.INPAINT, Task.EDIT], ["QwenImageEditInpaintPipeline", "QwenImageEditPipeline"]),
+    "qwen_edit_plus": ([Task.EDIT], ["QwenImageEditPlusPipeline"]),
+}
+FIELDS: dict[str, dict[str, Any]] = {
+    **tiny_models.CALLS,
+    "sd15": {"guidance_scale": 5.0, "negative_prompt": "a dog"},
+    "sd3": {"guidance_scale": 5.0, "negative_prompt": "a dog", "max_sequence_length": 32},
+    "kontext": {"guidance_scale": 3.0, "max_sequence_length": 48},
+    "qwen_edit": {"true_cfg_scale": 2.5, "negative_prompt": "a dog"},
+    "qwen_edit_plus": {"true_cfg_scale": 2.5, "negative_prompt": "a dog"},
+}
+
+
+def picture(seed: int, size: tuple[int, int] = (64, 96)) -> Image.Image:
+    """Blobs of colour."""
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 255, (6, 4, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+
+
+def mask(size: tuple[int, int] = (64, 96)) -> Image.Image:
+    """The left half is repainted."""
+    left = np.zeros((size[1], size[0]), np.uint8)
+    left[:, : size[0] // 2] = 255
+    return Image.fromarray(left)
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("editors")
+    own = {name: tiny_editors.write_folder(name, root / name) for name in tiny_editors.EDITORS}
+    return {name: tiny_folders[name] for name in tiny_models.ARCHITECTURES} | own
+
+
+@pytest.fixture(scope="module")
+def editors(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """A loader with every family."""
+    with running(tmp_path_factory.mktemp("tasks"), folders) as stack:
+        stack.loader("--eager-load")
+        yield stack
+
+
+@pytest.fixture(autouse=True)
+def small_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen's edits bring references to a megapixel, which takes seconds here: let it be a 64th, for both sides."""
+    for module in (pipeline_qwenimage_edit, pipeline_qwenimage_edit_plus, pipeline_qwenimage_edit_inpaint):
+        real = module.calculate_dimensions
+        monkeypatch.setattr(module, "calculate_dimensions", lambda area, ratio, real=real: real(area / 64, ratio))
+
+
+def open_model(stack: Stack, name: str) -> Any:
+    """Attached in this process, every gate streamed through slots that are poisoned when they are left."""
+    return attached(stack, name, Ring(torch.device("cpu"), Budget(1 << 40), keep_residents=False), 400_000)
+
+
+def ask(name: str, task: Task, number: int, **more: Any) -> ImageRequest:
+    """A request of a task; `number` tells one from another."""
+    images = () if task is Task.TEXT_TO_IMAGE else (picture(number),)
+    if name == "qwen_edit_plus":
+        images = tuple(picture(number + n, (96 - 32 * n, 64)) for n in range(3))
+    request = ImageRequest(
+        name, f"a red fox {number}", f"r{number}", step_count=4, seed=7 + number, reference_images=images,
+        mask=mask() if task is Task.INPAINT else None, **FIELDS[name],
+    )  # fmt: skip
+    if task in (Task.TEXT_TO_IMAGE, Task.EDIT) and name != "qwen_edit":
+        request = dataclasses.replace(request, width_px=64, height_px=64)
+    return dataclasses.replace(request, **more)
+
+
+def draw(model: AttachedModel, *requests: ImageRequest, heard: list[Progress] | None = None) -> list[Image.Image]:
+    """The pictures of requests that ride at once. Raises what a rider raised."""
+    drawings = []
+    for request in requests:
+        resolved = model.abilities.fitted(model.abilities.resolve(request))
+        news = [] if heard is None else heard
+        drawings.append(
+            Drawing(model, Workspace(model.engine, WorkMemory(0)), resolved, 0, news.append, lambda step, image: None)
+        )
+    ended: list[Future[Rider]] = [Future() for _ in drawings]
+    for drawing, end in zip(drawings, ended, strict=True):
+        model.engine.ride(Rider(lambda _, d=drawing: d.draw(), end.set_result, drawing.passed, drawing.paused))
+    riders = [end.result(120) for end in ended]
+    for rider in riders:
+        if rider.error is not None:
+            raise rider.error
+    return [rider.result.image() for rider in riders if isinstance(rider.result, Pixels)]
+
+
+def plain(folder: Path, class_name: str) -> Any:
+    """Diffusers' own pipeline of the class, from the folder."""
+    import diffusers
+
+    index = DiffusionPipeline.load_config(str(folder))
+    cls = getattr(diffusers, class_name)
+    absent = {component: None for component, entry in index.items() if entry == [None, None]}
+    pipeline = cls.from_pretrained(folder, torch_dtype=torch.float32, **processors_of(index, folder), **absent)
+    pipeline.set_progress_bar_config(disable=True)
+    for module in pipeline.components.values():  # see support.plain_pipeline
+        for param in module.parameters() if isinstance(module, torch.nn.Module) else ():
+            param.data = param.data.clone()
+    return pipeline
+
+
+def expected(pipeline: Any, name: str, request: ImageRequest) -> Image.Image:
+    """What diffusers draws for the same."""
+    torch.set_num_threads(1)
+    arguments: dict[str, Any] = dict(FIELDS[name])
+    images = list(request.reference_images)
+    if images:
+        arguments["image"] = images if name == "qwen_edit_plus" else images[0]
+    if request.mask is not None:
+        arguments["mask_image"] = request.mask
+    if request.strength is not None:
+        arguments["strength"] = request.strength
+    width, height = request.width_px, request.height_px
+    if images and not width and "Edit" not in type(pipeline).__name__:
+        width, height = images[0].size
+    if width and "Img2Img" not in type(pipeline).__name__:
+        arguments |= {"width": width, "height": height}
+    if name == "kontext":
+        arguments["max_area"] = width * height
+    if type(pipeline).__name__ in ("FluxImg2ImgPipeline", "QwenImageImg2ImgPipeline", "StableDiffusion3Img2ImgPipeline"):
+        arguments |= {"width": width, "height": height}
+    result: Image.Image = pipeline(
+        prompt=request.prompt, num_inference_steps=request.step_count,
+        generator=torch.Generator().manual_seed(request.seed), **arguments,
+    ).images[0]  # fmt: skip
+    return result
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_equals_diffusers(name: str, folders: dict[str, Path], editors: Stack) -> None:
+    """Every task of a family, two different requests of it at once, equals diffusers' class called alone."""
+    tasks, classes = FAMILIES[name]
+    with open_model(editors, name) as model:
+        assert model.abilities.tasks == tasks
+        with_images = [task for task in tasks if task is not Task.TEXT_TO_IMAGE]
+        for task, class_name in zip(with_images, classes, strict=True):
+            asked = [ask(name, task, 1), ask(name, task, 2)]
+            drawn = draw(model, *asked)
+            pipeline = plain(folders[name], class_name)
+            for request, image in zip(asked, drawn, strict=True):
+                reference = pixels(expected(pipeline, name, request))
+                assert reference.std() > 1
+                assert np.array_equal(pixels(image), reference), (task, request.request_id)
