@@ -12,10 +12,13 @@ from pathlib import Path
 import torch
 import transformers
 from diffusers import (
+    AutoencoderKLFlux2,
     AutoencoderKLQwenImage,
     DDIMScheduler,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxKontextPipeline,
     QwenImageEditPipeline,
     QwenImageEditPlusPipeline,
@@ -92,10 +95,35 @@ def sd3() -> DiffusionPipeline:
     )  # fmt: skip
 
 
+def klein() -> DiffusionPipeline:
+    transformer = Flux2Transformer2DModel(
+        in_channels=16, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=48, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+    )  # fmt: skip
+    encoder = transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(
+            vocab_size=512, hidden_size=16, intermediate_size=16, num_hidden_layers=28, num_attention_heads=2,
+            num_key_value_heads=1, head_dim=8,
+        )
+    )  # fmt: skip
+    vae = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 16), layers_per_block=1, latent_channels=4, norm_num_groups=4,
+    )  # fmt: skip
+    tiny.randomise(transformer, encoder, vae)
+    vae.bn.running_mean.normal_(generator=torch.Generator().manual_seed(1))
+    vae.bn.running_var.uniform_(0.5, 2, generator=torch.Generator().manual_seed(2))
+    return Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), vae=vae, text_encoder=encoder,
+        tokenizer=tiny.qwen_tokenizer(), transformer=transformer,
+    )  # fmt: skip
+
+
 EDITORS: dict[str, Callable[[], DiffusionPipeline]] = {
     "qwen_edit": qwen_edit,
     "qwen_edit_plus": qwen_edit_plus,
     "kontext": kontext,
+    "klein": klein,
     "sd15": sd15,
     "sd3": sd3,
 }

@@ -21,7 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 from services.sampler.binding import BoundComponent
 from services.sampler.blocks import Speedup, blocks_of
 from services.sampler.engine import Engine
-from services.sampler.gates import Absent, Gate, is_host_lookup, split
+from services.sampler.gates import Absent, BoundParam, Gate, is_host_lookup, split
 from services.sampler.guard import Guard
 from services.sampler.memo import PromptMemo
 from services.sampler.requests import Task
@@ -79,16 +79,17 @@ class AttachedModel:
 
     def _gate_component(self, component: BoundComponent, limit: int) -> None:
         if hasattr(component.module, "decode"):
-            gate = Gate(component.name, "", component.module, component.arena, component.params)
+            # Buffers are read outside decode and encode too, as FLUX.2's statistics of latents are.
+            buffers = {id(buffer) for buffer in component.module.buffers()}
+            params = tuple(p for p in component.params if id(p.tensor) not in buffers)
+            gate = Gate(component.name, "", component.module, component.arena, params)
             self.units[component.name] = gate
             self.gates.append(gate)
+            self._pin(component, tuple(p for p in component.params if id(p.tensor) in buffers))
             return
         by_tensor = {id(p.tensor): p for p in component.params}
         modules, left = split(component.module, limit)
-        stem = tuple(by_tensor[id(t)] for t in left if id(t) in by_tensor)
-        if stem:
-            self.pinned.append(Gate(component.name, "(stem)", component.module, component.arena, stem, pinned=True))
-            self.gates.append(self.pinned[-1])
+        self._pin(component, tuple(by_tensor[id(t)] for t in left if id(t) in by_tensor))
         for name, module in modules:
             tensors = itertools.chain(module.parameters(), module.buffers())
             params = tuple(by_tensor[id(t)] for t in tensors if id(t) in by_tensor)
@@ -97,6 +98,12 @@ class AttachedModel:
             if params:
                 passes = 1 if is_encoder(component.name) else DENOISE_PASSES
                 self.gates.append(Gate(component.name, name, module, component.arena, params, host=host, passes=passes))
+
+    def _pin(self, component: BoundComponent, params: tuple[BoundParam, ...]) -> None:
+        """Have params stay on the device once they are there."""
+        if params:
+            self.pinned.append(Gate(component.name, "(stem)", component.module, component.arena, params, pinned=True))
+            self.gates.append(self.pinned[-1])
 
     def _move_rest(self, component: BoundComponent) -> None:
         """What the arena does not hold (buffers, conversions) lives on the device for good."""

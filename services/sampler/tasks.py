@@ -6,7 +6,7 @@ Which classes are siblings is diffusers' own table (its auto pipelines). Where i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from diffusers.pipelines.auto_pipeline import (
     AUTO_INPAINT_PIPELINES_MAPPING,
     AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
 )
+from PIL import Image
 
 from services.errors import InvalidRequest
 from services.sampler.requests import ImageRequest, Task
@@ -92,12 +93,13 @@ class Abilities:
         """A resolved request with its reference image in the picture's size, where that is what is drawn upon.
 
         As diffusers' processors do it, so most pipelines find nothing left to do; some do not resize, and some have no
-        size. Takes a moment for large images.
+        size. Takes a moment for large images. Raises InvalidRequest for images that the pipeline would not take.
         """
         traits = self.traits[request.task]
+        processor = self.pipelines[request.task].image_processor
+        check_images(processor, request.reference_images)
         if not request.reference_images or traits.chooses_size:
             return request
-        processor = self.pipelines[request.task].image_processor
         image = processor.resize(request.reference_images[0], request.height_px, request.width_px)
         return replace(request, reference_images=(image,))
 
@@ -112,6 +114,18 @@ class Abilities:
         if count > limit:
             return [("reference_images", f"{task.value} by this model takes {limit} at most, not {count}")]
         return []
+
+
+def check_images(processor: Any, images: Sequence[Image.Image]) -> None:
+    """Ask a processor that has a rule for reference images (FLUX.2's: no edge too short). Raises InvalidRequest."""
+    wrong = []
+    for number, image in enumerate(images):
+        try:
+            getattr(processor, "check_image_input", lambda image: image)(image)
+        except ValueError as error:
+            wrong.append((f"reference_images[{number}]", str(error)))
+    if wrong:
+        raise InvalidRequest(*wrong)
 
 
 def abilities_of(pipeline: Any, config: Path) -> Abilities:

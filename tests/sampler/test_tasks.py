@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -16,13 +17,12 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwen
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_inpaint as pipeline_qwenimage_edit_inpaint
 from PIL import Image
 
-from services.errors import InvalidRequest
 from services.sampler.budget import Budget
 from services.sampler.drawing import Drawing
 from services.sampler.model import AttachedModel
 from services.sampler.pixels import Pixels
 from services.sampler.processors import processors_of
-from services.sampler.requests import ImageRequest, Phase, Progress, Task
+from services.sampler.requests import ImageRequest, Progress, Task
 from services.sampler.riders import Rider
 from services.sampler.ring import Ring
 from services.sampler.work import WorkMemory
@@ -42,14 +42,17 @@ FAMILIES = {
     "sd15": (ALL, ["StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline"]),
     "sd3": (ALL, ["StableDiffusion3Img2ImgPipeline", "StableDiffusion3InpaintPipeline"]),
     "kontext": ([Task.TEXT_TO_IMAGE, Task.EDIT], ["FluxKontextPipeline"]),
+    "klein": ([Task.TEXT_TO_IMAGE, Task.EDIT], ["Flux2KleinPipeline"]),
     "qwen_edit": ([Task.INPAINT, Task.EDIT], ["QwenImageEditInpaintPipeline", "QwenImageEditPipeline"]),
     "qwen_edit_plus": ([Task.EDIT], ["QwenImageEditPlusPipeline"]),
 }
+SEVERAL = ("qwen_edit_plus", "klein")  # take up to three images
 FIELDS: dict[str, dict[str, Any]] = {
     **tiny_models.CALLS,
     "sd15": {"guidance_scale": 5.0, "negative_prompt": "a dog"},
     "sd3": {"guidance_scale": 5.0, "negative_prompt": "a dog", "max_sequence_length": 32},
     "kontext": {"guidance_scale": 3.0, "max_sequence_length": 48},
+    "klein": {"guidance_scale": 3.0, "max_sequence_length": 48},
     "qwen_edit": {"true_cfg_scale": 2.5, "negative_prompt": "a dog"},
     "qwen_edit_plus": {"true_cfg_scale": 2.5, "negative_prompt": "a dog"},
 }
@@ -99,8 +102,8 @@ def open_model(stack: Stack, name: str) -> Any:
 def ask(name: str, task: Task, number: int, **more: Any) -> ImageRequest:
     """A request of a task; `number` tells one from another."""
     images = () if task is Task.TEXT_TO_IMAGE else (picture(number),)
-    if name == "qwen_edit_plus":
-        images = tuple(picture(number + n, (96 - 32 * n, 64)) for n in range(3))
+    if name in SEVERAL and images:
+        images = tuple(picture(number + n, (64 + 32 * n, 64)) for n in range(3))
     request = ImageRequest(
         name, f"a red fox {number}", f"r{number}", step_count=4, seed=7 + number, reference_images=images,
         mask=mask() if task is Task.INPAINT else None, **FIELDS[name],
@@ -150,20 +153,18 @@ def expected(pipeline: Any, name: str, request: ImageRequest) -> Image.Image:
     arguments: dict[str, Any] = dict(FIELDS[name])
     images = list(request.reference_images)
     if images:
-        arguments["image"] = images if name == "qwen_edit_plus" else images[0]
+        arguments["image"] = images if name in SEVERAL else images[0]
     if request.mask is not None:
         arguments["mask_image"] = request.mask
     if request.strength is not None:
         arguments["strength"] = request.strength
     width, height = request.width_px, request.height_px
-    if images and not width and "Edit" not in type(pipeline).__name__:
+    if images and not width and not name.startswith("qwen_edit"):
         width, height = images[0].size
-    if width and "Img2Img" not in type(pipeline).__name__:
+    if width and "width" in inspect.signature(pipeline.__call__).parameters:
         arguments |= {"width": width, "height": height}
     if name == "kontext":
         arguments["max_area"] = width * height
-    if type(pipeline).__name__ in ("FluxImg2ImgPipeline", "QwenImageImg2ImgPipeline", "StableDiffusion3Img2ImgPipeline"):
-        arguments |= {"width": width, "height": height}
     result: Image.Image = pipeline(
         prompt=request.prompt, num_inference_steps=request.step_count,
         generator=torch.Generator().manual_seed(request.seed), **arguments,
