@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 from collections.abc import Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -17,14 +18,16 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit, pipeline_qwen
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_inpaint as pipeline_qwenimage_edit_inpaint
 from PIL import Image
 
+from services.errors import InvalidRequest
 from services.sampler.budget import Budget
 from services.sampler.drawing import Drawing
 from services.sampler.model import AttachedModel
 from services.sampler.pixels import Pixels
 from services.sampler.processors import processors_of
-from services.sampler.requests import ImageRequest, Progress, Task
+from services.sampler.requests import ImageRequest, Phase, Progress, Task
 from services.sampler.riders import Rider
 from services.sampler.ring import Ring
+from services.sampler.tasks import tasks_of_class
 from services.sampler.work import WorkMemory
 from services.sampler.workspace import Workspace
 from tests import tiny_editors, tiny_models
@@ -113,15 +116,18 @@ def ask(name: str, task: Task, number: int, **more: Any) -> ImageRequest:
     return dataclasses.replace(request, **more)
 
 
-def draw(model: AttachedModel, *requests: ImageRequest, heard: list[Progress] | None = None) -> list[Image.Image]:
+def draw(
+    model: AttachedModel,
+    *requests: ImageRequest,
+    heard: list[Progress] | None = None,
+    shown: list[Image.Image] | None = None,
+) -> list[Image.Image]:
     """The pictures of requests that ride at once. Raises what a rider raised."""
-    drawings = []
+    news, previews = [] if heard is None else heard, [] if shown is None else shown
+    workspace, drawings = Workspace(model.engine, WorkMemory(0)), []
     for request in requests:
         resolved = model.abilities.fitted(model.abilities.resolve(request))
-        news = [] if heard is None else heard
-        drawings.append(
-            Drawing(model, Workspace(model.engine, WorkMemory(0)), resolved, 0, news.append, lambda step, image: None)
-        )
+        drawings.append(Drawing(model, workspace, resolved, 0, news.append, lambda step, image: previews.append(image)))
     ended: list[Future[Rider]] = [Future() for _ in drawings]
     for drawing, end in zip(drawings, ended, strict=True):
         model.engine.ride(Rider(lambda _, d=drawing: d.draw(), end.set_result, drawing.passed, drawing.paused))
@@ -187,3 +193,130 @@ def test_equals_diffusers(name: str, folders: dict[str, Path], editors: Stack) -
                 reference = pixels(expected(pipeline, name, request))
                 assert reference.std() > 1
                 assert np.array_equal(pixels(image), reference), (task, request.request_id)
+
+
+def steps_heard(heard: list[Progress]) -> list[tuple[int, int]]:
+    return [(event.step, event.step_count) for event in heard if event.phase is Phase.DENOISING]
+
+
+@pytest.mark.parametrize(
+    ("name", "solver", "strength", "count"),
+    [("flux", "", 0.7, 7), ("sdxl", "", 0.7, 7), ("sdxl", "heun", 0.5, 9), ("z_image", "", 1.0, 10)],
+)
+def test_strength_leaves_steps_out(
+    name: str, solver: str, strength: float, count: int, folders: dict[str, Path], editors: Stack
+) -> None:
+    """Progress counts the steps that run, and seven tenths of ten steps are seven; encoding comes before them."""
+    request = ask(name, Task.IMAGE_TO_IMAGE, 1, step_count=10, strength=strength, solver=solver)
+    heard: list[Progress] = []
+    with open_model(editors, name) as model:
+        drawn = draw(model, request, heard=heard)
+
+    assert steps_heard(heard)[1:] == [(step, count) for step in range(1, count + 1)]
+    phases = [event.phase for event in heard if event.phase is not Phase.PREPARING]
+    assert [phase for phase, _ in itertools.groupby(phases)] == [Phase.ENCODING, Phase.DENOISING, Phase.DECODING]
+    if not solver:
+        class_name = FAMILIES[name][1][0]
+        reference = expected(plain(folders[name], class_name), name, request)
+        assert np.array_equal(pixels(drawn[0]), pixels(reference))
+
+
+@pytest.mark.parametrize("name", ["z_image", "sdxl", "flux"])
+def test_the_reference_takes_the_pictures_size(name: str, folders: dict[str, Path], editors: Stack) -> None:
+    """A named size is drawn whatever the image's is; without one, that of the image, brought to the grid."""
+    odd = picture(3, (70, 101))
+    asked = [
+        ask(name, Task.IMAGE_TO_IMAGE, 1, reference_images=(odd,), width_px=96, height_px=64),
+        ask(name, Task.IMAGE_TO_IMAGE, 2, reference_images=(odd,)),
+    ]
+    with open_model(editors, name) as model:
+        drawn = draw(model, *asked)
+        multiple = model.traits.size_multiple_px
+    pipeline = plain(folders[name], FAMILIES[name][1][0])
+    sizes = [(96, 64), (70 // multiple * multiple, 101 // multiple * multiple)]
+
+    for request, image, size in zip(asked, drawn, sizes, strict=True):
+        fitted = odd.resize(size, Image.Resampling.LANCZOS)
+        same = dataclasses.replace(request, reference_images=(fitted,), width_px=0, height_px=0)
+        assert image.size == size
+        assert np.array_equal(pixels(image), pixels(expected(pipeline, name, same)))
+
+
+def test_one_prompt_for_different_images(editors: Stack) -> None:
+    """What an encoder made of a prompt with one image is used again for the same image, and for no other."""
+    first, other = (ask("qwen_edit", Task.EDIT, 1, reference_images=(picture(n),)) for n in (1, 2))
+    with open_model(editors, "qwen_edit") as model:
+        alone = [*draw(model, first), *draw(model, other)]
+        assert len(model.memo._results) == 4  # the prompt and the negative one, of each
+        together = draw(model, first, other)
+        assert len(model.memo._results) == 4
+    with open_model(editors, "qwen_edit") as model:
+        anew = draw(model, other)
+
+    assert not np.array_equal(pixels(alone[0]), pixels(alone[1]))
+    assert [image.tobytes() for image in together] == [image.tobytes() for image in alone]
+    assert anew[0].tobytes() == alone[1].tobytes()
+
+
+@pytest.mark.parametrize("name", ["klein", "qwen_edit", "kontext"])
+def test_previews_of_edits(name: str, editors: Stack) -> None:
+    """A preview has the shape of the picture, also where the pipeline chose that, and changes nothing."""
+    request = ask(name, Task.EDIT, 1)
+    with open_model(editors, name) as model:
+        shown: list[Image.Image] = []
+        watched = draw(model, dataclasses.replace(request, preview_every=2, preview_edge_px=64), shown=shown)[0]
+        without = draw(model, request)[0]
+
+    assert watched.tobytes() == without.tobytes()
+    assert len(shown) == 1
+    assert abs(shown[0].width / shown[0].height - without.width / without.height) < 0.2
+    assert pixels(shown[0]).std() > 1
+
+
+def fields_refused(model: AttachedModel, request: ImageRequest) -> dict[str, str]:
+    with pytest.raises(InvalidRequest) as refused:
+        draw(model, request)
+    return dict(refused.value.violations)
+
+
+def test_what_a_model_cannot_do_is_named(editors: Stack) -> None:
+    """Every field that does not fit the model's tasks is refused at once, with what the model can do."""
+    two = (picture(1), picture(2))
+    with open_model(editors, "flux") as model:
+        refused = fields_refused(model, ask("flux", Task.IMAGE_TO_IMAGE, 1, reference_images=two, width_px=33))
+        assert refused.keys() == {"reference_images", "width_px"}
+        assert "takes 1 at most, not 2" in refused["reference_images"]
+        refused = fields_refused(model, ask("flux", Task.IMAGE_TO_IMAGE, 1, strength=0.2))
+        assert "at least 0.25" in refused["strength"]
+        huge = Image.new("RGB", (5000, 4000))
+        refused = fields_refused(model, ask("flux", Task.IMAGE_TO_IMAGE, 1, reference_images=(huge,)))
+        assert "not 5000x4000" in refused["width_px"]
+    with open_model(editors, "kontext") as model:
+        refused = fields_refused(model, ask("kontext", Task.INPAINT, 1, strength=0.5))
+        assert "text to image, edit" in refused["mask"]
+        assert "strength" in refused
+    with open_model(editors, "qwen_edit") as model:
+        refused = fields_refused(model, ask("qwen_edit", Task.TEXT_TO_IMAGE, 1, solver="heun"))
+        assert "inpaint, edit" in refused["reference_images"]
+        assert "solver" in refused
+        # Its pipeline would draw another size without a word.
+        refused = fields_refused(model, ask("qwen_edit", Task.INPAINT, 1, width_px=64, height_px=64))
+        assert "leave width and height out" in refused["width_px"]
+    with open_model(editors, "klein") as model:
+        refused = fields_refused(model, ask("klein", Task.EDIT, 1, reference_images=(picture(1), picture(2, (16, 64)))))
+        assert refused.keys() == {"reference_images[1]"}
+
+
+def test_tasks_follow_from_a_class() -> None:
+    """Only what draws from a prompt, or edits, has siblings: other denoisers are made for their own task."""
+    own = {
+        "ZImagePipeline": ALL,
+        "StableDiffusionXLImg2ImgPipeline": [Task.IMAGE_TO_IMAGE],
+        "StableDiffusionInpaintPipeline": [Task.INPAINT],
+        "FluxKontextPipeline": [Task.TEXT_TO_IMAGE, Task.EDIT],
+        "QwenImageEditPlusPipeline": [Task.EDIT],
+        "FluxFillPipeline": [Task.INPAINT],
+        "NoSuchPipeline": [],
+    }
+
+    assert {name: tasks_of_class(name) for name in own} == own
