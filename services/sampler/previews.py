@@ -65,7 +65,8 @@ def unpacked(view: Any, latents: torch.Tensor, size_px: tuple[int, int]) -> torc
         grid = view._unpack_latents(latents, height, width, view.vae_scale_factor)
     else:  # FLUX.2: patches of two by two, normalised by the statistics that its autoencoder keeps
         columns, statistics = width // view.vae_scale_factor // 2, view.vae.bn
-        patches = latents.transpose(1, 2).unflatten(2, (-1, columns)).float()
+        patches = latents.transpose(1, 2).float()
+        patches = patches.reshape(*patches.shape[:2], -1, columns)
         mean, var = (s.view(1, -1, 1, 1).to(patches) for s in (statistics.running_mean, statistics.running_var))
         grid = view._unpatchify_latents(patches * torch.sqrt(var + view.vae.config.batch_norm_eps) + mean)
     return grid
