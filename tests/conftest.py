@@ -34,10 +34,10 @@ def pytest_runtest_makereport(item: pytest.Function) -> Generator[None, pytest.T
 
 @pytest.fixture(scope="session")
 def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Pipeline folders by name: each architecture, each with circulating names, one sharded, one in bf16, "tiny"."""
+    """Pipeline folders by name: each architecture, also with circulating names; sharded, bf16, "klein", "tiny"."""
     import torch
 
-    from tests import tiny_models
+    from tests import tiny_editors, tiny_models
 
     root = tmp_path_factory.mktemp("models")
     folders = {name: tiny_models.write_folder(name, root / name) for name in tiny_models.ARCHITECTURES}
@@ -47,6 +47,7 @@ def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folders["z_image_bf16"] = tiny_models.write_folder("z_image", root / "z_image_bf16", torch.bfloat16)
     folders["sdxl_f16"] = tiny_models.write_folder("sdxl", root / "sdxl_f16", torch.float16)
     folders["flux_sharded"] = tiny_models.write_folder("flux", root / "flux_sharded", max_shard_size="100KB")
+    folders["klein"] = tiny_editors.write_folder("klein", root / "klein")
     folders["tiny"] = Path(shutil.copytree(folders["z_image"], root / "tiny"))
     defaults = {"width_px": 64, "height_px": 64, "step_count": 4, "guidance_scale": 0}
     (folders["tiny"] / "headwater.json").write_text(json.dumps(defaults))

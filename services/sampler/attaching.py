@@ -16,7 +16,8 @@ from services.sampler.blocks import Speedup
 from services.sampler.engine import Engine
 from services.sampler.model import AttachedModel
 from services.sampler.riders import Rider
-from services.sampler.traits import Traits, traits_of
+from services.sampler.tasks import abilities_of
+from services.sampler.traits import Traits
 from services.sampler.work import Kind
 from services.sampler.workspace import Workspace
 
@@ -92,13 +93,14 @@ class Attacher:
             async for _ in self._loader.prepare(name, replica=self._replica):
                 pass
             built, components = await on_baton(self._engine, pipeline)
-        traits = traits_of(built, config)
-        pictures = [*(default_kind(m.name, m.traits) for m in others), default_kind(name, traits)]
+        abilities = await on_baton(self._engine, lambda: abilities_of(built, config))
+        own = abilities.traits[abilities.own]
+        pictures = [*(default_kind(m.name, m.traits) for m in others), default_kind(name, own)]
 
         def attached() -> AttachedModel:
             work = self._workspace.least_bytes(pictures)
             return AttachedModel(
-                name, built, components, self._engine, traits, self._gate_limit_bytes, self._speedups, config, work
+                name, abilities, components, self._engine, self._gate_limit_bytes, self._speedups, config, work
             )
 
         return await on_baton(self._engine, attached)
@@ -115,7 +117,7 @@ def _closing_on_error(arenas: dict[str, AttachedArena]) -> Iterator[None]:
 
 
 def default_kind(name: str, traits: Traits) -> Kind:
-    return Kind(name, traits.width_px, traits.height_px)
+    return Kind(name, traits.width_px, traits.height_px, task=traits.task)
 
 
 async def on_baton(engine: Engine, work: Callable[[], T]) -> T:

@@ -28,6 +28,7 @@ from services.params.arena import AttachedArena
 from services.sampler.gates import BoundParam, arena_bytes
 from services.sampler.names import of_diffusers, of_transformers
 from services.sampler.phantoms import Phantoms, is_packed
+from services.sampler.processors import processors_of
 from services.sampler.signatures import span_bytes
 
 DTYPES = {
@@ -90,9 +91,9 @@ def build_pipeline(config: Path, arenas: Mapping[str, AttachedArena]) -> tuple[A
     if missing:
         raise BadCheckpoint(f"the folder has no params for {', '.join(missing)}")
     try:
-        pipeline = pipeline_class.from_pretrained(
-            str(config), local_files_only=True, **{c.name: c.module for c in components}
-        )
+        absent: dict[str, Any] = {name: None for name, entry in index.items() if entry == [None, None]}
+        parts = absent | {c.name: c.module for c in components} | processors_of(index, config)
+        pipeline = pipeline_class.from_pretrained(str(config), local_files_only=True, **parts)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise BadCheckpoint(f"diffusers cannot build {pipeline_class.__name__} from the folder's configs") from error
     pipeline.set_progress_bar_config(disable=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import diffusers
 
-from services.sampler.solvers import DIFFUSION, FLOW, FLOW_PIPELINES, SCHEDULES, Solver
+from services.sampler.solvers import DIFFUSION, FLOW, FLOW_OTHERS, FLOW_PIPELINES, SCHEDULES, Solver
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ def attempt(own: Any, solver: Solver) -> Any:
 def solvers_of(pipeline: Any) -> dict[str, Solver]:
     config = pipeline.scheduler.config
     if type(pipeline.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler":
-        names = FLOW_PIPELINES.get(type(pipeline).__name__, ())
+        names = FLOW_PIPELINES.get(type(pipeline).__name__, FLOW_OTHERS)
         shifts = config["use_dynamic_shifting"] and config["time_shift_type"] == "exponential"
         # FLUX gives `mu` to every scheduler; DPMSolver takes it only if it is to shift by it.
         return {name: FLOW[name] for name in names if name != "dpm++2m" or shifts}

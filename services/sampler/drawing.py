@@ -6,20 +6,22 @@ Steps are counted on the request's own scheduler (several pipelines have no step
 from __future__ import annotations
 
 import functools
+import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from PIL import Image
 
+from services.errors import InvalidRequest
 from services.sampler.faults import is_memory_full
 from services.sampler.gates import Gate
 from services.sampler.model import AttachedModel, is_encoder
 from services.sampler.pixels import OnHost, Pixels, drawn
 from services.sampler.previews import denoised_latents, preview_image
 from services.sampler.requests import ImageRequest, Phase, Progress
-from services.sampler.work import Kind
+from services.sampler.work import kind_of
 from services.sampler.workspace import MemoryMeter, ShortageMeter, Workspace
 
 Emit = Callable[[Progress], None]
@@ -45,7 +47,9 @@ class Drawing:
         self._model = model
         self._workspace = workspace
         self._request = request
-        self._kind = Kind(model.name, request.width_px, request.height_px, bool(request.tiled_decode))
+        self._traits = model.abilities.traits[request.task]
+        self.size_px = self._traits.expected_size(request)  # (width, height); exact as soon as the pipeline says it
+        self._kind = kind_of(model.name, request, self.size_px)
         self._meter: MemoryMeter | None = None
         self._shortage = ShortageMeter(workspace.failures)
         self._index = index
@@ -55,12 +59,13 @@ class Drawing:
         self._since = time.monotonic()
         self._previewing = False
         self._sigmas: OnHost | None = None
+        self._own_step_count = 0  # of pipelines that leave out the first steps
         self.step, self.step_count = 0, request.step_count
 
     @torch.inference_mode()
     def draw(self) -> Pixels:
         """Run the pipeline; returns the picture on its way. Raises what the gates raise, and DeviceMemoryFull."""
-        traits = self._model.traits
+        traits = self._traits
         try:
             with self._workspace.room(self._kind, traits.size_multiple_px, traits.can_tile) as self._meter:
                 picture = self._attempt()
@@ -76,17 +81,17 @@ class Drawing:
 
     def _attempt(self) -> Pixels | None:
         """The picture, from its beginning; None if memory was short (not raised: a traceback would hold memory)."""
-        self.step, self._sigmas = 0, None
+        self.step, self._sigmas, self._own_step_count = 0, None, 0
         self._shortage = ShortageMeter(self._workspace.failures)
         try:
             self._model.bring_pinned()
-            view = self._model.request_view(
-                bool(self._request.tiled_decode), self._request.solver, self._request.schedule
-            )
+            request = self._request
+            view = self._model.request_view(bool(request.tiled_decode), request.solver, request.schedule, request.task)
             view.scheduler.__dict__["step"] = self._watched(view, view.scheduler.step)
+            self._listen(view)
             # Noise comes from the CPU's generator on every device: the same seed is the same noise everywhere.
-            generator = torch.Generator("cpu").manual_seed(self._request.seed_of(self._index))
-            arguments = self._model.traits.call_arguments(self._request)
+            generator = torch.Generator("cpu").manual_seed(request.seed_of(self._index))
+            arguments = self._traits.call_arguments(request)
             picture = drawn(view, arguments | {"generator": generator})
         except RuntimeError as error:
             if not is_memory_full(error):
@@ -119,7 +124,7 @@ class Drawing:
 
     def _phase_of(self, gate: Gate) -> Phase:
         if gate.component in self._model.units:
-            return Phase.DECODING
+            return Phase.DECODING if self.step else Phase.ENCODING  # of a reference image
         return Phase.ENCODING if is_encoder(gate.component) else Phase.DENOISING
 
     def _enter_phase(self, phase: Phase | None) -> None:
@@ -137,6 +142,28 @@ class Drawing:
             news = Progress(self._index, phase)
         self._emit(news)
 
+    def _listen(self, view: Any) -> None:
+        """Hear from the pipeline's own methods what size it draws and how many steps it takes."""
+        for name, hear in (("get_timesteps", self._hear_steps), ("prepare_latents", self._hear_size)):
+            if hasattr(view, name):
+                view.__dict__[name] = heard(getattr(view, name), hear)
+
+    def _hear_steps(self, arguments: Mapping[str, Any], result: Any) -> None:
+        """Fewer than asked for, by the strength."""
+        if isinstance(result, tuple):
+            self.step_count = self._own_step_count = len(result[0])
+
+    def _hear_size(self, arguments: Mapping[str, Any], result: Any) -> None:
+        width, height = arguments.get("width"), arguments.get("height")
+        if not (isinstance(width, int) and isinstance(height, int)):
+            return  # it is the reference image's
+        asked = (self._request.width_px or width, self._request.height_px or height)
+        if asked != (width, height):
+            task = self._request.task.value
+            advice = f"{task} by this model draws this image at {width}x{height} only: leave width and height out"
+            raise InvalidRequest(("width_px", advice))
+        self.size_px = (width, height)
+
     def _watched(self, view: Any, step: Callable[..., Any]) -> Callable[..., Any]:
         """The scheduler's step, counted; the pipeline sees the same signature and the same results."""
 
@@ -145,7 +172,8 @@ class Drawing:
             scheduler = view.scheduler
             result = step(model_output, timestep, sample, *args, **options)
             self.step += 1
-            self.step_count = len(scheduler.timesteps)  # heun: two for each step but the last
+            # heun: two for each step but the last
+            self.step_count = self._own_step_count or len(scheduler.timesteps)
             self._say(Phase.DENOISING, self._sigma_after(scheduler))
             if self._wants_preview():
                 self._preview(view, denoised_latents(scheduler, model_output, sample, result))
@@ -168,7 +196,19 @@ class Drawing:
     def _preview(self, view: Any, latents: torch.Tensor) -> None:
         self._previewing = True
         try:
-            size = (self._request.width_px, self._request.height_px)
-            self._emit_preview(self.step, preview_image(view, latents, size, self._request.preview_edge_px))
+            self._emit_preview(self.step, preview_image(view, latents, self.size_px, self._request.preview_edge_px))
         finally:
             self._previewing = False
+
+
+def heard(method: Callable[..., Any], hear: Callable[[Mapping[str, Any], Any], None]) -> Callable[..., Any]:
+    """`method`, and `hear` is told its arguments by name and its result."""
+    signature = inspect.signature(method)
+
+    @functools.wraps(method)
+    def told(*args: Any, **options: Any) -> Any:
+        result = method(*args, **options)
+        hear(signature.bind(*args, **options).arguments, result)
+        return result
+
+    return told

@@ -102,7 +102,7 @@ class Absent:
         with torch.inference_mode(False):
             if tensor.dtype not in self._nans:
                 ones = torch.full((tensor.element_size(),), 0xFF, dtype=torch.uint8, device=self._device)
-                self._nans[tensor.dtype] = ones.view(tensor.dtype)
+                self._nans[tensor.dtype] = ones.view(tensor.dtype)[0]  # no dimension: some buffers have none
             return self._nans[tensor.dtype].expand(tensor.shape)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
+from PIL import Image
 
 Wait = Callable[[Callable[[Callable[[], None]], None]], None]
 
@@ -18,7 +20,7 @@ class PromptMemo:
     """The results of `encode_prompt` by its arguments, least recently used forgotten first. Use under the baton.
 
     It belongs to one attached model and so to one generation of its params; all else that the encoders see (prompts,
-    lengths, dtypes, switches) comes as an argument.
+    images, lengths, dtypes, switches) comes as an argument.
     """
 
     def __init__(self, limit_bytes: int = LIMIT_BYTES) -> None:
@@ -27,15 +29,17 @@ class PromptMemo:
         self._results: OrderedDict[Hashable, object] = OrderedDict()
         self._waiting: dict[Hashable, list[Callable[[], None]]] = {}  # for who encodes the same now
 
-    def wrap(self, encode: Callable[..., Any], wait: Wait) -> Callable[..., Any]:
+    def wrap(self, encode: Callable[..., Any], wait: Wait, whose: str = "") -> Callable[..., Any]:
         """`encode`, asked only for arguments not seen before. Results are copies: pipelines may write to them.
+
+        whose: what else tells one `encode` from another.
 
         While another rider encodes the same, `wait` is called: it returns when what it hands over was called.
         """
 
         @functools.wraps(encode)
         def remembered(*args: object, **options: object) -> object:
-            key = freeze((args, options))
+            key = freeze((whose, args, options))
             if key is None:
                 return encode(*args, **options)
             while key not in self._results and key in self._waiting:
@@ -81,6 +85,8 @@ def freeze(value: object) -> Hashable | None:
         return freeze([(k, v) for k, v in sorted(value.items())])
     if value is None or isinstance(value, str | int | float | torch.device | torch.dtype):
         return (type(value).__name__, value)
+    if isinstance(value, Image.Image):
+        return ("image", value.mode, value.size, hashlib.sha256(value.tobytes()).digest())
     return None
 
 

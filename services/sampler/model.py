@@ -21,9 +21,11 @@ from torch.nn.modules.conv import _ConvNd
 from services.sampler.binding import BoundComponent
 from services.sampler.blocks import Speedup, blocks_of
 from services.sampler.engine import Engine
-from services.sampler.gates import Absent, Gate, is_host_lookup, split
+from services.sampler.gates import Absent, BoundParam, Gate, is_host_lookup, split
 from services.sampler.guard import Guard
 from services.sampler.memo import PromptMemo
+from services.sampler.requests import Task
+from services.sampler.tasks import Abilities
 from services.sampler.tiling import switch_on
 from services.sampler.traits import Traits
 from services.sampler.views import unit_view, view_class
@@ -40,10 +42,9 @@ class AttachedModel:
     def __init__(
         self,
         name: str,
-        pipeline: Any,
+        abilities: Abilities,
         components: list[BoundComponent],
         engine: Engine,
-        traits: Traits,
         gate_limit: int,
         speedups: Sequence[Speedup] = (),
         config: Path = Path(),
@@ -51,10 +52,9 @@ class AttachedModel:
     ) -> None:
         self.name = name
         self.config = config
-        self.pipeline = pipeline
+        self.abilities = abilities
         self.components = components
         self.engine = engine
-        self.traits = traits
         self.memo = PromptMemo()
         self.units: dict[str, Gate] = {}
         self._absent = Absent(engine.transfer.device)
@@ -64,7 +64,8 @@ class AttachedModel:
         self.convolving = {c.name for c in components if any(isinstance(m, _ConvNd) for m in c.module.modules())}
         for component in components:
             self._gate_component(component, gate_limit)
-        self._view_class = view_class(type(pipeline), engine.transfer.device)
+        classes = {task: type(pipeline) for task, pipeline in abilities.pipelines.items()}
+        self._view_classes = {task: view_class(cls, engine.transfer.device) for task, cls in classes.items()}
         engine.settle()
         engine.transfer.attach(self.gates, work_bytes)
         for component in components:
@@ -78,16 +79,17 @@ class AttachedModel:
 
     def _gate_component(self, component: BoundComponent, limit: int) -> None:
         if hasattr(component.module, "decode"):
-            gate = Gate(component.name, "", component.module, component.arena, component.params)
+            # Buffers are read outside decode and encode too, as FLUX.2's statistics of latents are.
+            buffers = {id(buffer) for buffer in component.module.buffers()}
+            params = tuple(p for p in component.params if id(p.tensor) not in buffers)
+            gate = Gate(component.name, "", component.module, component.arena, params)
             self.units[component.name] = gate
             self.gates.append(gate)
+            self._pin(component, tuple(p for p in component.params if id(p.tensor) in buffers))
             return
         by_tensor = {id(p.tensor): p for p in component.params}
         modules, left = split(component.module, limit)
-        stem = tuple(by_tensor[id(t)] for t in left if id(t) in by_tensor)
-        if stem:
-            self.pinned.append(Gate(component.name, "(stem)", component.module, component.arena, stem, pinned=True))
-            self.gates.append(self.pinned[-1])
+        self._pin(component, tuple(by_tensor[id(t)] for t in left if id(t) in by_tensor))
         for name, module in modules:
             tensors = itertools.chain(module.parameters(), module.buffers())
             params = tuple(by_tensor[id(t)] for t in tensors if id(t) in by_tensor)
@@ -96,6 +98,12 @@ class AttachedModel:
             if params:
                 passes = 1 if is_encoder(component.name) else DENOISE_PASSES
                 self.gates.append(Gate(component.name, name, module, component.arena, params, host=host, passes=passes))
+
+    def _pin(self, component: BoundComponent, params: tuple[BoundParam, ...]) -> None:
+        """Have params stay on the device once they are there."""
+        if params:
+            self.pinned.append(Gate(component.name, "(stem)", component.module, component.arena, params, pinned=True))
+            self.gates.append(self.pinned[-1])
 
     def _move_rest(self, component: BoundComponent) -> None:
         """What the arena does not hold (buffers, conversions) lives on the device for good."""
@@ -129,22 +137,29 @@ class AttachedModel:
 
     # ---- one request
 
-    def request_view(self, tiled_decode: bool = False, solver: str = "", schedule: str = "") -> Any:
+    def request_view(
+        self, tiled_decode: bool = False, solver: str = "", schedule: str = "", task: Task | None = None
+    ) -> Any:
         """The pipeline for one request: own scheduler, own autoencoder trees, shared everything else.
 
         tiled_decode: the autoencoder decodes in tiles; only where `Traits.can_tile`. solver, schedule: common names
-        that `Traits.choices` has; "": the model's own.
+        that `Traits.choices` has; "": the model's own. task: one that the model can do; None: of the folder's pipeline.
         """
-        view = copy.copy(self.pipeline)
-        view.__class__ = self._view_class
-        parts: dict[str, Any] = {"scheduler": self.traits.choices.scheduler(self.pipeline.scheduler, solver, schedule)}
+        task = task or self.abilities.own
+        pipeline = self.abilities.pipelines[task]
+        view = copy.copy(pipeline)
+        view.__class__ = self._view_classes[task]
+        choices = self.abilities.traits[task].choices
+        parts: dict[str, Any] = {"scheduler": choices.scheduler(pipeline.scheduler, solver, schedule)}
         for name, gate in self.units.items():
             parts[name] = unit_view(self.engine, gate, self._absent)
         if tiled_decode:
             switch_on(parts["vae"])  # this request's tree
         view.__dict__.update(parts)  # setattr would write them into the pipeline's config
         if hasattr(view, "encode_prompt"):
-            view.__dict__["encode_prompt"] = self.memo.wrap(view.encode_prompt, self._wait_for_encoder)
+            # Siblings may encode the same words in other ways.
+            whose = type(pipeline).__qualname__
+            view.__dict__["encode_prompt"] = self.memo.wrap(view.encode_prompt, self._wait_for_encoder, whose)
         return view
 
     def _wait_for_encoder(self, start: Callable[[Callable[[], None]], None]) -> None:
@@ -172,6 +187,16 @@ class AttachedModel:
             component.arena.close()
 
     # ---- facts
+
+    @property
+    def pipeline(self) -> Any:
+        """The folder's own."""
+        return self.abilities.pipelines[self.abilities.own]
+
+    @property
+    def traits(self) -> Traits:
+        """Those of the folder's own pipeline."""
+        return self.abilities.traits[self.abilities.own]
 
     @property
     def size_bytes(self) -> int:

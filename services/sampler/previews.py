@@ -40,7 +40,7 @@ def preview_image(view: Any, latents: torch.Tensor, size_px: tuple[int, int], ma
     """Decode `latents` at reduced size. size_px: (width, height) of the picture in the making."""
     width, height = size_px
     if latents.ndim == 3:  # (batch, tokens, channels): a packed grid
-        latents = view._unpack_latents(latents, height, width, view.vae_scale_factor)
+        latents = unpacked(view, latents, (width, height))
     frames = latents.ndim == 5  # (batch, channels, 1, height, width)
     grid = latents[:, :, 0] if frames else latents
     grid = shrink(grid.float(), max_edge_px / max(width, height))
@@ -55,6 +55,21 @@ def preview_image(view: Any, latents: torch.Tensor, size_px: tuple[int, int], ma
     pixels = (image[:, :, 0] if frames else image)[0].float().clamp(-1, 1)
     array = ((pixels + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(array)
+
+
+def unpacked(view: Any, latents: torch.Tensor, size_px: tuple[int, int]) -> torch.Tensor:
+    """The grid of (batch, tokens, channels), in the autoencoder's channels, by the pipeline's own methods."""
+    width, height = size_px
+    grid: torch.Tensor
+    if hasattr(view, "_unpack_latents"):
+        grid = view._unpack_latents(latents, height, width, view.vae_scale_factor)
+    else:  # FLUX.2: patches of two by two, normalised by the statistics that its autoencoder keeps
+        columns, statistics = width // view.vae_scale_factor // 2, view.vae.bn
+        patches = latents.transpose(1, 2).float()
+        patches = patches.reshape(*patches.shape[:2], -1, columns)
+        mean, var = (s.view(1, -1, 1, 1).to(patches) for s in (statistics.running_mean, statistics.running_var))
+        grid = view._unpatchify_latents(patches * torch.sqrt(var + view.vae.config.batch_norm_eps) + mean)
+    return grid
 
 
 def shrink(grid: torch.Tensor, factor: float) -> torch.Tensor:

@@ -6,6 +6,8 @@ import hashlib
 from dataclasses import dataclass, field
 from enum import Enum
 
+from PIL import Image
+
 MAX_SEED = 2**63 - 1
 
 
@@ -25,9 +27,21 @@ class Numerics(Enum):
     COMPILED = "compiled"
 
 
+class Task(Enum):
+    """What a picture is made of beside the prompt."""
+
+    TEXT_TO_IMAGE = "text to image"
+    IMAGE_TO_IMAGE = "image to image"
+    INPAINT = "inpaint"
+    EDIT = "edit"
+
+
 @dataclass(frozen=True, slots=True)
 class ImageRequest:
-    """A validated request. Zero, empty or None: the model's default, filled in by `Traits.resolve`."""
+    """A validated request. Zero, empty or None: the model's default, filled in by `Traits.resolve`.
+
+    A size may still be zero then: the pipeline of an edit chooses it.
+    """
 
     model: str
     prompt: str
@@ -46,6 +60,10 @@ class ImageRequest:
     tiled_decode: bool | None = None
     solver: str = ""  # stays empty where the model's own has no common name, as does schedule
     schedule: str = ""
+    reference_images: tuple[Image.Image, ...] = ()  # RGB, upright
+    mask: Image.Image | None = None  # L; white is repainted
+    strength: float | None = None
+    task: Task = Task.TEXT_TO_IMAGE  # follows from the above and from the model, whatever is said here
 
     def seed_of(self, index: int) -> int:
         """Seed of picture `index`, 0 to MAX_SEED; derived from the request's id if none was given."""

@@ -54,7 +54,9 @@ class Sampler:
         self._live.add(request.request_id)
         try:
             async with self.library.using(request.model) as model:
-                resolved = model.traits.resolve(replace(request, model=model.name), self._tile_rule)
+                resolved = model.abilities.resolve(replace(request, model=model.name), self._tile_rule)
+                if resolved.reference_images:  # not on the event loop, nor under the baton
+                    resolved = await asyncio.to_thread(model.abilities.fitted, resolved)
                 async with aclosing(self._ride(model, resolved)) as events:
                     async for event in events:
                         yield event
@@ -106,6 +108,7 @@ class Job:
         self._riders: list[Rider] = []
         self._drawings: list[Drawing] = []
         self._closed = False
+        self._size_px = (request.width_px, request.height_px)
         sampler.spawn(asyncio.create_task(self._draw_all(seat)))
 
     async def events(self) -> AsyncGenerator[Event, None]:
@@ -115,6 +118,7 @@ class Job:
         while sent < self._request.count:
             event = await self._next_event()
             if isinstance(event, Picture):
+                self._size_px = (event.width_px, event.height_px)  # edits: as the pipeline chose it
                 pictures[event.image_index] = event
                 while sent in pictures:
                     yield pictures.pop(sent)
@@ -127,8 +131,9 @@ class Job:
         for drawing in self._drawings:
             for phase, seconds in drawing.phase_s.items():
                 phase_s[phase] = phase_s.get(phase, 0.0) + seconds
+        width, height = self._size_px
         return Finished(
-            request=self._request,
+            request=replace(self._request, width_px=width, height_px=height),
             queue_s=queue_s,
             run_s=time.monotonic() - self._started,
             stall_s=sum(rider.costs.stall_s for rider in self._riders),
@@ -230,9 +235,11 @@ class Job:
 
 
 def shape_of(request: ImageRequest) -> Hashable:
-    """What decides how much a picture computes at a gate: model, size, and whether guidance doubles the batch."""
+    """What decides how much a picture computes at a gate: model, task, sizes, whether guidance doubles the batch."""
     guided = tuple((scale or 0.0) > 1.0 for scale in (request.guidance_scale, request.true_cfg_scale))
-    return request.model, request.width_px, request.height_px, request.max_sequence_length, guided
+    references = tuple(image.size for image in request.reference_images)
+    size = (request.width_px, request.height_px)
+    return request.model, request.task, size, references, request.max_sequence_length, guided
 
 
 def png(image: Image.Image) -> bytes:

@@ -44,6 +44,9 @@ from services.sampler.service import SERVICE, SamplerService
 from services.sampler.work import WorkMemory
 from services.sampler.workspace import Workspace
 
+# Three reference images and a mask of 16 MiB each, and everything else.
+MAX_REQUEST_BYTES = 65 << 20
+
 log = structlog.get_logger()
 
 
@@ -55,7 +58,7 @@ async def serve(config: Config) -> None:
         raise ConfigError(str(error)) from error
     transfer, facts = open_device(config)
     engine = Engine(transfer, open_meter(facts.device))
-    server = build_server()
+    server = build_server(MAX_REQUEST_BYTES)
     addresses: list[str] = []
     try:
         for address in config.listen:

@@ -17,6 +17,7 @@ from services import __version__
 from services.errors import LoaderGone, ShuttingDown
 from services.rpc.loader_client import LoaderModel, PrepareNews
 from services.sampler.device import DeviceFacts
+from services.sampler.intake import Intake
 from services.sampler.model import AttachedModel
 from services.sampler.requests import (
     Event,
@@ -29,8 +30,10 @@ from services.sampler.requests import (
     Progress,
     Queued,
     Started,
+    Task,
 )
 from services.sampler.sampler import Sampler
+from services.sampler.tasks import tasks_of_class
 from services.sampler.validation import image_request
 
 SERVICE = pb.DESCRIPTOR.services_by_name["SamplerService"].full_name
@@ -41,6 +44,7 @@ MODEL_STATES = {
     for state in ("UNSPECIFIED", "ABSENT", "FILLING", "READY", "FAILED")
 }
 NUMERICS = {numerics: pb.Numerics.Value(f"NUMERICS_{numerics.name}") for numerics in Numerics}
+TASKS = {task: pb.Task.Value(f"TASK_{task.name}") for task in Task}
 PHASES = {phase: pb.Phase.Value(f"PHASE_{phase.name}") for phase in Phase}
 
 
@@ -54,13 +58,15 @@ class SamplerService(sampler_pb2_grpc.SamplerServiceServicer):
         self._numerics = numerics
         self._started = time.monotonic()
         self._draining = False
+        self._intake = Intake()
 
     def drain(self) -> None:
         self._draining = True
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncGenerator[pb.GenerateResponse, None]:
         self._check_serving()
-        async with aclosing(self._sampler.generate(image_request(request, self._numerics))) as events:
+        asked = image_request(request, self._numerics)
+        async with self._intake.filled(asked, request) as filled, aclosing(self._sampler.generate(filled)) as events:
             async for event in events:
                 for response in self._responses(event):
                     yield response
@@ -79,7 +85,7 @@ class SamplerService(sampler_pb2_grpc.SamplerServiceServicer):
     async def GetModel(self, request: pb.GetModelRequest, context: Any) -> pb.GetModelResponse:
         self._check_serving()
         async with self._sampler.library.using(request.model) as model:
-            traits = model.traits
+            abilities, traits = model.abilities, model.traits
             response = pb.GetModelResponse(
                 summary=summary(model.name, model, None),
                 numerics=NUMERICS[self._numerics],
@@ -88,11 +94,15 @@ class SamplerService(sampler_pb2_grpc.SamplerServiceServicer):
                 size_multiple_px=traits.size_multiple_px,
                 default_step_count=traits.step_count,
                 default_guidance_scale=traits.guidance_scale,
-                request_fields=traits.request_fields,
+                request_fields=abilities.request_fields,
                 solvers=list(traits.choices.solvers),
                 default_solver=traits.choices.solver,
                 schedules=traits.choices.schedule_names(),
                 default_schedule=traits.choices.filled("", "")[1],
+                tasks=[TASKS[task] for task in abilities.tasks],
+                max_reference_image_count=abilities.reference_limit,
+                default_strength=abilities.strength_of(Task.IMAGE_TO_IMAGE),
+                default_inpaint_strength=abilities.strength_of(Task.INPAINT),
             )
             response.components.extend(component_summaries(model))
             return response
@@ -221,6 +231,7 @@ def parameters(request: ImageRequest, numerics: Numerics) -> pb.GenerateRequest:
         tiled_decode=request.tiled_decode,
         solver=request.solver,
         schedule=request.schedule,
+        strength=request.strength,
     )
     if request.preview_every:
         message.preview.every_step_count = request.preview_every
@@ -239,6 +250,7 @@ def summary(name: str, attached: AttachedModel | None, known: LoaderModel | None
             size_bytes=attached.size_bytes,
             ready_bytes=attached.ready_bytes,
             attached=True,
+            tasks=[TASKS[task] for task in attached.abilities.tasks],
         )
     assert known is not None
     return pb.ModelSummary(
@@ -248,6 +260,7 @@ def summary(name: str, attached: AttachedModel | None, known: LoaderModel | None
         size_bytes=sum(c.size_bytes for c in known.components),
         ready_bytes=sum(c.ready_bytes for c in known.components),
         reason=known.reason,
+        tasks=[TASKS[task] for task in tasks_of_class(known.pipeline_class)],
     )
 
 

@@ -83,3 +83,5 @@ FLOW_PIPELINES = {
     "QwenImagePipeline": ("euler", "unipc"),
     "FluxPipeline": ("euler", "dpm++2m", "unipc"),
 }
+# Others are known to work with their own scheduler; what makes noisy latents of an image (`scale_noise`) only it has.
+FLOW_OTHERS = ("euler",)

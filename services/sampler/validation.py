@@ -6,9 +6,11 @@ import re
 import uuid
 from typing import Any
 
+import numpy as np
+
 from services.errors import InvalidRequest, NotServed
 from services.sampler.requests import MAX_SEED, ImageRequest, Numerics
-from services.sampler.traits import MAX_EDGE_PX, MIN_EDGE_PX
+from services.sampler.traits import MAX_EDGE_PX, MAX_REFERENCES, MIN_EDGE_PX
 
 PROMPT_LIMIT = 16_384
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -24,24 +26,33 @@ OPTIONAL_RANGES: dict[str, tuple[float, float]] = {
     "true_cfg_scale": (0, 100),
     "seed": (0, MAX_SEED),
     "max_sequence_length": (1, 4096),
+    "strength": (0, 1),
 }
-NOT_SERVED = ("loras", "reference_images", "mask", "strength")
+NOT_SERVED = ("loras",)
+REFERENCE_BYTES = 16 << 20
 PREVIEW_EDGE_PX = (16, 512)
 PNG = (0, 1)  # unspecified, PNG
 NUMERICS = {1: Numerics.EAGER, 2: Numerics.COMPILED}
 
 
 def image_request(message: Any, numerics: Numerics = Numerics.EAGER) -> ImageRequest:
-    """The request that a GenerateRequest asks of a replica with these numerics. Raises NotServed, InvalidRequest."""
+    """The request that a GenerateRequest asks of a replica with these numerics, its images left out.
+
+    Raises NotServed, InvalidRequest.
+    """
     asked = [field for field in NOT_SERVED if is_set(message, field)]
     if message.output.format not in PNG:
         asked.append("output.format")
     if asked:
         raise NotServed(f"not served yet: {', '.join(asked)}; leave it out")
     wrong = [*text_violations(message), *range_violations(message), *other_violations(message, numerics)]
+    wrong += reference_violations(message)
     if wrong:
         raise InvalidRequest(*wrong)
     optional = {field: getattr(message, field) for field in OPTIONAL_RANGES if message.HasField(field)}
+    if "strength" in optional:
+        # The number that was meant: 0.7 as a float32 is a little less, and 0.7 of ten steps are seven.
+        optional["strength"] = float(str(np.float32(message.strength)))
     return ImageRequest(
         model=message.model,
         prompt=message.prompt,
@@ -100,3 +111,23 @@ def other_violations(message: Any, numerics: Numerics) -> list[tuple[str, str]]:
     if message.numerics and NUMERICS.get(message.numerics) is not numerics:
         wrong.append(("numerics", f"this replica computes {numerics.value}: ask for that, or leave it out"))
     return wrong
+
+
+def reference_violations(message: Any) -> list[tuple[str, str]]:
+    count, wrong = len(message.reference_images), []
+    if count > MAX_REFERENCES:
+        wrong.append(("reference_images", f"at most {MAX_REFERENCES} are taken, not {count}"))
+    for field, data in files_of(message).items():
+        if not 0 < len(data) <= REFERENCE_BYTES:
+            wrong.append((field, f"must be a file of 1 to {REFERENCE_BYTES} bytes, not {len(data)}"))
+    if not count and message.HasField("mask"):
+        wrong.append(("mask", "masks the first of reference_images: send that too"))
+    if not count and message.HasField("strength"):
+        wrong.append(("strength", "is how far to go from the first of reference_images: send that too"))
+    return wrong
+
+
+def files_of(message: Any) -> dict[str, bytes]:
+    """The encoded images of a request by field, the mask last."""
+    files = {f"reference_images[{n}]": image.data for n, image in enumerate(message.reference_images)}
+    return files | ({"mask": message.mask.data} if message.HasField("mask") else {})

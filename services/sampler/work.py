@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from services.sampler.requests import ImageRequest, Task
+
 # Before anything was drawn: what a picture keeps while others run, as a share of what it needs at most.
 PARKED_SHARE = 8
 # Measured needs vary a little with what lay where in memory.
 MARGIN = 1.05
 # What libraries take for themselves whatever the size: 32 MiB each for cuBLAS and cuBLASLt on an H100 or H200.
 SCRATCH_BYTES = 64 << 20
+
+
+# Pipelines that edit bring a reference image to about this area, or leave it if it is smaller.
+REFERENCE_PX = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +27,24 @@ class Kind:
     width_px: int
     height_px: int
     tiled: bool = False  # decoded in tiles
+    task: Task = Task.TEXT_TO_IMAGE
+    reference_px: tuple[tuple[int, int], ...] = ()  # sizes of images that keep theirs, not the picture's
 
     @property
     def area_px(self) -> int:
-        return self.width_px * self.height_px
+        """Of all that is computed at once: the picture, and what it refers to."""
+        references = sum(min(width * height, REFERENCE_PX) for width, height in self.reference_px)
+        return self.width_px * self.height_px + references
+
+    def is_like(self, other: Kind) -> bool:
+        """Whether one says something of the other: all but sizes is the same."""
+        return (self.model, self.tiled, self.task) == (other.model, other.tiled, other.task)
+
+
+def kind_of(model: str, request: ImageRequest, size_px: tuple[int, int]) -> Kind:
+    """The kind of a resolved request's pictures; size_px: (width, height) as far as is known."""
+    sizes = tuple(image.size for image in request.reference_images) if request.task is Task.EDIT else ()
+    return Kind(model, *size_px, bool(request.tiled_decode), request.task, sizes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +83,12 @@ class WorkMemory:
         self._seen[kind] = self._seen.get(kind, need) | need
 
     def need(self, kind: Kind) -> Need:
-        """As seen; else scaled by area, without libraries' scratch memory, from the model's picture nearest in size and
-        tiled or not alike; else the guess.
+        """As seen; else scaled by area, without libraries' scratch memory, from the model's picture nearest in size, of
+        the same task and tiled or not alike; else the guess.
         """
         if kind in self._seen:
             return self._seen[kind].scaled(MARGIN)
-        alike = [k for k in self._seen if (k.model, k.tiled) == (kind.model, kind.tiled)]
+        alike = [k for k in self._seen if k.is_like(kind)]
         if not alike:
             return self._guess
         nearest = min(alike, key=lambda k: abs(k.area_px - kind.area_px))

@@ -16,7 +16,7 @@ from services.sampler.engine import Engine
 from services.sampler.meter import open_meter
 from services.sampler.model import AttachedModel
 from services.sampler.riders import Rider
-from services.sampler.traits import traits_of
+from services.sampler.tasks import abilities_of
 from services.sampler.transfer import Transfer
 from tests.stack import Stack
 
@@ -64,7 +64,7 @@ def attached(
 
         def build() -> AttachedModel:
             pipeline, components = build_pipeline(config, arenas)
-            traits = traits_of(pipeline, config)
-            return AttachedModel(name, pipeline, components, engine, traits, gate_limit, speedups, config)
+            abilities = abilities_of(pipeline, config)
+            return AttachedModel(name, abilities, components, engine, gate_limit, speedups, config)
 
         yield under_baton(engine, build)

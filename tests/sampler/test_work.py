@@ -5,6 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.sampler.requests import Task
 from services.sampler.work import MARGIN, SCRATCH_BYTES, Kind, Need, WorkMemory
 
 MIB = 1 << 20
@@ -70,6 +71,17 @@ def test_tiles_are_a_kind_of_their_own() -> None:
     assert work.never_fits(Kind("a", 1024, 1024), 300 * MIB)
     assert not work.never_fits(Kind("a", 1024, 1024, tiled=True), 300 * MIB)
     assert work.never_fits(tiled, 99 * MIB)
+
+
+def test_tasks_and_what_they_refer_to_are_kinds_of_their_own() -> None:
+    """An edit says nothing of a picture from text; another one is scaled by what it draws and what it looks at."""
+    work = WorkMemory(64 * MIB)
+    edit = Kind("a", 1024, 1024, task=Task.EDIT, reference_px=((1024, 1024),))
+    work.learn(edit, Need(SCRATCH_BYTES + 200 * MIB, 10 * MIB))
+    larger = Kind("a", 1024, 1024, task=Task.EDIT, reference_px=((4000, 3000), (1024, 1024), (2048, 2048)))
+
+    assert work.need(Kind("a", 1024, 1024)).peak_bytes == 64 * MIB
+    assert work.need(larger).peak_bytes == round((SCRATCH_BYTES + 400 * MIB) * MARGIN)  # three of a megapixel each
 
 
 @given(st.integers(1, 5000))

@@ -19,7 +19,7 @@ from .errors import (
 )
 from .events import Event, Finished, Image, ImageFormat, Numerics, Phase, Preview, Progress, Queued, Result, Started
 from .options import Options, Parameters
-from .replies import Component, Model, ModelDetails, ModelState, Preparation, Status
+from .replies import Component, Model, ModelDetails, ModelState, Preparation, Status, Task
 
 __all__ = [
     "Client",
@@ -43,6 +43,7 @@ __all__ = [
     "Component",
     "Preparation",
     "Status",
+    "Task",
     "HeadwaterError",
     "InvalidRequest",
     "UnknownModel",

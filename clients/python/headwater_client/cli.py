@@ -45,6 +45,15 @@ def cli() -> None:
     help="File for the picture: .png, .jpg, .jpeg or .webp. With --count above 1: out-0.png, out-1.png, ...",
 )
 @flags.picture
+@click.option(
+    "--image",
+    "images",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Picture to start from, or to refer to where the model edits: PNG, JPEG or WebP; up to three.",
+)
+@click.option("--mask", type=click.Path(path_type=Path), help="Where to repaint the one --image: white is repainted.")
+@click.option("--strength", type=float, help="How far to move from --image, 0 to 1; default: the model's.")
 @click.option("--seed", type=int, help="Seed of the first picture; the next ones count up.")
 @click.option("--quality", type=int, help="Of .jpg and .webp, 1 to 100.")
 @click.option("--save-preview", type=click.Path(path_type=Path), metavar="DIR", help="Keep previews there.")
@@ -86,6 +95,9 @@ def _options(outputs: Outputs, given: dict[str, Any]) -> Any:
         raise InvalidRequest.of(("--preview-every", "say with --save-preview DIR where previews go"))
     return {
         **flags.options(given),
+        "images": given["images"],
+        "mask": given["mask"],
+        "strength": given["strength"],
         "seed": given["seed"],
         "quality": given["quality"],
         "preview_every": given["preview_every"] or (1 if outputs.preview_dir is not None else None),
@@ -115,6 +127,20 @@ def models(address: str, as_json: bool) -> None:
         tables.show_json([asdict(each) for each in found])
     else:
         tables.show_models(found)
+
+
+@cli.command()
+@click.argument("model", default="")
+@flags.as_json
+@flags.address
+def model(model: str, address: str, as_json: bool) -> None:
+    """Show what MODEL (default: the only one) can do, and its defaults. Attaches it if it is not."""
+    with Client(address) as client:
+        found = client.model(model)
+    if as_json:
+        tables.show_json(asdict(found))
+    else:
+        tables.show_model(found)
 
 
 @cli.command()

@@ -1,6 +1,11 @@
 """What can be asked of a picture, in the library's words."""
 
+import os
+from collections.abc import Sequence
 from typing import Required, TypedDict
+
+# An encoded picture (PNG, JPEG or WebP), or the path of its file.
+Source = bytes | str | os.PathLike[str]
 
 
 class Options(TypedDict, total=False):
@@ -12,6 +17,8 @@ class Options(TypedDict, total=False):
     numerics: "eager" or "compiled"; refused if the server is set up otherwise.
     tiled_decode: decode pictures in overlapping tiles: less memory, slightly other pixels at the seams.
     solver, schedule: common names, e.g. "dpm++2m" and "karras"; `model(name)` lists those that the model can use.
+    images: pictures to start from, or to refer to where the model edits. mask: where to repaint the one picture, white
+    is repainted. strength: how far to move from it, 0 to 1. `model(name)` lists what tasks the model can do.
     request_id: names the request in the server's log and derives the seed; a random UUID by default.
     """
 
@@ -34,6 +41,9 @@ class Options(TypedDict, total=False):
     tiled_decode: bool | None
     solver: str | None
     schedule: str | None
+    images: Sequence[Source] | None
+    mask: Source | None
+    strength: float | None
 
 
 class Parameters(Options, total=False):

@@ -15,6 +15,16 @@ class ModelState(Word):
     UNKNOWN = "unknown"
 
 
+class Task(Word):
+    """What a picture is made of beside the prompt."""
+
+    TEXT_TO_IMAGE = "text_to_image"
+    IMAGE_TO_IMAGE = "image_to_image"
+    INPAINT = "inpaint"
+    EDIT = "edit"
+    UNKNOWN = "unknown"
+
+
 @dataclass(frozen=True)
 class Model:
     """A model in a list. ready_bytes of size_bytes are in the host's memory; reason is a sentence when FAILED."""
@@ -26,6 +36,7 @@ class Model:
     ready_bytes: int
     attached: bool
     reason: str
+    tasks: tuple[Task, ...]
 
 
 @dataclass(frozen=True)
@@ -61,6 +72,10 @@ class ModelDetails:
     default_solver: str
     schedules: tuple[str, ...]
     default_schedule: str
+    tasks: tuple[Task, ...]
+    max_reference_image_count: int
+    default_strength: float | None
+    default_inpaint_strength: float | None
     components: tuple[Component, ...]
 
 

@@ -13,7 +13,7 @@ from .board import size
 from .display import clean
 from .events import Finished, Image
 from .measures import Spread, Summary
-from .replies import Model, Status
+from .replies import Model, ModelDetails, Status, Task
 from .run import Run
 
 PIPE_WIDTH = 1000
@@ -32,11 +32,31 @@ def show_json(value: object) -> None:
 
 def show_models(models: tuple[Model, ...]) -> None:
     """Print a line for each model."""
-    table = _table("MODEL", "PIPELINE", "STATE", "READY", "SIZE", "ATTACHED")
+    table = _table("MODEL", "PIPELINE", "STATE", "READY", "SIZE", "ATTACHED", "TASKS")
     for each in models:
         state = f"{each.state}: {each.reason}" if each.reason else str(each.state)
         attached = "yes" if each.attached else "no"
-        _add(table, each.name, each.pipeline_class, state, size(each.ready_bytes), size(each.size_bytes), attached)
+        ready, whole = size(each.ready_bytes), size(each.size_bytes)
+        _add(table, each.name, each.pipeline_class, state, ready, whole, attached, _tasks(each.tasks))
+    _print(table)
+
+
+def show_model(model: ModelDetails) -> None:
+    """Print a line for each thing that there is to say."""
+    table = _table("", "")
+    table.show_header = False
+    _add(table, "model", f"{model.summary.name} ({model.summary.pipeline_class})")
+    _add(table, "tasks", _tasks(model.tasks))
+    _add(table, "size", f"{model.default_width_px}x{model.default_height_px}, in {model.size_multiple_px} px")
+    _add(table, "steps", str(model.default_step_count))
+    _add(table, "guidance", _figure(model.default_guidance_scale, "g"))
+    if model.max_reference_image_count:
+        _add(table, "reference images", f"at most {model.max_reference_image_count}")
+    _add(table, "strength", _figure(model.default_strength, ".4g"))
+    _add(table, "strength to inpaint", _figure(model.default_inpaint_strength, ".4g"))
+    _add(table, "solvers", ", ".join(model.solvers) or "its own")
+    _add(table, "schedules", ", ".join(model.schedules) or "its own")
+    _add(table, "takes", ", ".join(model.request_fields))
     _print(table)
 
 
@@ -120,6 +140,10 @@ def _warm_up(run: Run) -> str:
     parts = [f"{len(run.warm_up)} before, not counted"]
     parts += [f"{each.count} failed: {each.message}" for each in run.warm_up_failures]
     return ", ".join(parts)
+
+
+def _tasks(tasks: tuple[Task, ...]) -> str:
+    return ", ".join(str(task).replace("_", " ") for task in tasks) or "-"
 
 
 def _figure(value: float | None, form: str, unit: str = "") -> str:

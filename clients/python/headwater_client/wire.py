@@ -1,6 +1,8 @@
 """Between the protocol's messages and this library's values. With transport.py the only reader of generated code."""
 
+import os
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from google.protobuf.duration_pb2 import Duration
@@ -8,7 +10,7 @@ from headwater.sampler.v1 import sampler_pb2 as pb
 
 from . import events, replies
 from .errors import InvalidRequest
-from .options import Options, Parameters
+from .options import Options, Parameters, Source
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -37,7 +39,10 @@ FIELDS = {
     "tiled_decode": "tiled_decode",
     "solver": "solver",
     "schedule": "schedule",
+    "strength": "strength",
 }
+# Options that are files.
+FILES = ("images", "mask")
 WORDS = {"format": pb.ImageFormat, "numerics": pb.Numerics}
 
 
@@ -46,11 +51,15 @@ def generate_request(prompt: str, options: Options) -> pb.GenerateRequest:
     request = pb.GenerateRequest()
     violations = []
     for name, value in {"prompt": prompt, **options}.items():
-        if name not in FIELDS:
-            raise TypeError(f"{name!r} is no option; there are {', '.join(FIELDS)}")
+        if name not in FIELDS and name not in FILES:
+            raise TypeError(f"{name!r} is no option; there are {', '.join((*FIELDS, *FILES))}")
         try:
-            if value is not None:
+            if value is not None and name in FILES:
+                _attach(request, name, value)
+            elif value is not None:
                 _assign(request, FIELDS[name], _number(name, value))
+        except OSError as error:
+            violations.append((name, f"cannot be read: {error.strerror or error}: {error.filename}"))
         except (TypeError, ValueError):
             violations.append((name, _advice(name, value)))
     if violations:
@@ -63,6 +72,21 @@ def _assign(message: Any, path: str, value: object) -> None:
     for parent in parents:
         message = getattr(message, parent)
     setattr(message, leaf, value)
+
+
+def _attach(request: pb.GenerateRequest, name: str, value: Any) -> None:
+    """Put encoded pictures into a request. Raises OSError, TypeError."""
+    if name == "mask":
+        request.mask.data = _encoded(value)
+        return
+    if isinstance(value, bytes | str | os.PathLike):
+        raise TypeError("a list is wanted")
+    for each in value:
+        request.reference_images.add(data=_encoded(each))
+
+
+def _encoded(source: Source) -> bytes:
+    return source if isinstance(source, bytes) else Path(source).read_bytes()
 
 
 def _number(name: str, value: object) -> object:
@@ -180,7 +204,12 @@ def _lookup(message: Any, path: str) -> object | None:
 
 def model(message: pb.ModelSummary) -> replies.Model:
     """Convert."""
-    return _read(replies.Model, message, state=replies.ModelState(_word(pb.ModelState, message.state)))
+    state = replies.ModelState(_word(pb.ModelState, message.state))
+    return _read(replies.Model, message, state=state, tasks=_tasks(message))
+
+
+def _tasks(message: pb.ModelSummary | pb.GetModelResponse) -> tuple[replies.Task, ...]:
+    return tuple(replies.Task(_word(pb.Task, each)) for each in message.tasks)
 
 
 def model_details(message: pb.GetModelResponse) -> replies.ModelDetails:
@@ -194,6 +223,9 @@ def model_details(message: pb.GetModelResponse) -> replies.ModelDetails:
         request_fields=tuple(message.request_fields),
         solvers=tuple(message.solvers),
         schedules=tuple(message.schedules),
+        tasks=_tasks(message),
+        default_strength=_optional(message, "default_strength"),
+        default_inpaint_strength=_optional(message, "default_inpaint_strength"),
         components=tuple(_read(replies.Component, c, outside=tuple(c.outside)) for c in message.components),
     )
 

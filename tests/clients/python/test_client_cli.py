@@ -238,7 +238,7 @@ def test_models_and_status_are_tables_or_json(headwater: Headwater, sampler: Scr
     models, status = headwater("models"), headwater("status")
     documents: list[Any] = [json.loads(headwater(name, "--json").stdout) for name in ("models", "status")]
 
-    assert models.stdout.splitlines()[0].split() == ["MODEL", "PIPELINE", "STATE", "READY", "SIZE", "ATTACHED"]
+    assert models.stdout.splitlines()[0].split() == ["MODEL", "PIPELINE", "STATE", "READY", "SIZE", "ATTACHED", "TASKS"]
     assert "failed: no [bold] file" in models.stdout
     assert "replica-a (headwater 0.1.0)" in status.stdout
     assert [model["state"] for model in documents[0]] == ["failed", "ready"]
