@@ -26,8 +26,8 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 from services.errors import BadCheckpoint, UnsupportedModel
 from services.params.arena import AttachedArena
 from services.params.layout import PlacedTensor
-from services.sampler.gates import BoundParam, arena_bytes
 from services.sampler.conversion import Conversion
+from services.sampler.gates import BoundParam, arena_bytes
 from services.sampler.names import of_diffusers, of_transformers
 from services.sampler.phantoms import Phantoms, is_packed, told_apart
 from services.sampler.signatures import span_bytes
@@ -253,7 +253,10 @@ def refuse_meta(name: str, module: nn.Module) -> None:
 
 
 def sort_tensors(
-    module: nn.Module, arena: AttachedArena, reason: Callable[[str, torch.Tensor], str], phantoms: Phantoms | None = None
+    module: nn.Module,
+    arena: AttachedArena,
+    reason: Callable[[str, torch.Tensor], str],
+    phantoms: Phantoms | None = None,
 ) -> tuple[list[BoundParam], list[Outside]]:
     """Tell tensors with bytes in the arena from those outside; buffers that the code itself makes are not params."""
     data = arena_bytes(arena)

@@ -66,6 +66,6 @@ def _tensor(views: Views, table: gguf.TensorNameMap, name: str) -> torch.Tensor 
         second = views.get(f"{table.get_name(base)}.{suffix}.1")
         return whole if second is None else torch.stack([whole, second], 2)
     if base.endswith(".qkv"):
-        parts = [views.get(f"{table.get_name(base.removesuffix('qkv') + part)}.{suffix}") for part in "qkv"]
-        return torch.cat(parts) if all(part is not None for part in parts) else None
+        names = [f"{table.get_name(base.removesuffix('qkv') + part)}.{suffix}" for part in "qkv"]
+        return torch.cat([views[name] for name in names]) if all(name in views for name in names) else None
     return None

@@ -75,7 +75,9 @@ def _is_fp8(tensor: PlacedTensor | None) -> bool:
 def _check_scale(weight: PlacedTensor, scale: PlacedTensor) -> None:
     count = math.prod(scale.shape)
     if not _is_fp8(weight):
-        raise UnsupportedModel(f"{weight.name} is {weight.dtype} and has a scale; only fp8 weights with one are unpacked")
+        raise UnsupportedModel(
+            f"{weight.name} is {weight.dtype} and has a scale; only fp8 weights with one are unpacked"
+        )
     if scale.dtype not in SCALE_DTYPES or count not in (1, weight.shape[0]):
         raise UnsupportedModel(
             f"{weight.name} has a scale of {count} {scale.dtype} numbers; one is expected, or one for each row"
