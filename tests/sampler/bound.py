@@ -40,10 +40,12 @@ def arena_of(memory: Path, *files: Path) -> Iterator[AttachedArena]:
                         file.seek(spec.offset)
                         window[at : at + spec.size_bytes] = file.read(spec.size_bytes)
         owned.publish(number, bytes(16))
-    with attach(owned.path, header.generation) as arena:
-        yield arena
-    owned.unlink()
-    owned.close()
+    try:
+        with attach(owned.path, header.generation) as arena:
+            yield arena
+    finally:
+        owned.unlink()
+        owned.close()
 
 
 @contextmanager
