@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from services.errors import UnsupportedModel
 from tests.sampler.bound import Tensors, assert_equal, bound, outside_share
-from tests.sampler.packings import write_gguf
+from tests.sampler.packings import scaled_fp8, write_gguf
 from tests.tiny_models import clip, randomise, t5
 
 QWEN_LAYER = (
@@ -194,25 +194,6 @@ def test_gguf_of_an_architecture_whose_numbers_are_changed_is_refused(memory: Pa
         pass
 
 
-def scaled_fp8(tensors: Tensors, last: str, by_row: bool = False) -> tuple[Tensors, Tensors]:
-    """A file as ComfyUI has it, and the numbers in it; matrices of layers are in fp8."""
-    stored: Tensors = {"scaled_fp8": torch.empty(2, dtype=torch.float8_e4m3fn)} if last == "scale_weight" else {}
-    numbers: Tensors = {}
-    for name, tensor in tensors.items():
-        if tensor.ndim != 2 or "embed" in name or "shared" in name:
-            stored[name] = numbers[name] = tensor.bfloat16()
-            continue
-        largest = tensor.abs().amax(1) if by_row else tensor.abs().max()
-        scale = (largest / 448).float()
-        module = name.removesuffix(".weight")
-        rows = scale[:, None] if by_row else scale
-        stored[name] = (tensor / rows).to(torch.float8_e4m3fn)
-        stored[f"{module}.{last}"] = scale
-        stored[f"{module}.{'scale_input' if last == 'scale_weight' else 'input_scale'}"] = torch.tensor(0.5)
-        numbers[name] = (stored[name].float() * rows).bfloat16()
-    return stored, numbers
-
-
 @pytest.mark.parametrize("by_row", [False, True])
 @pytest.mark.parametrize("last", ["scale_weight", "weight_scale"])
 def test_scaled_fp8(last: str, by_row: bool, memory: Path, tmp_path: Path) -> None:
@@ -258,6 +239,7 @@ def test_fp8_without_scales(dtype: torch.dtype, memory: Path, tmp_path: Path) ->
     [
         ("weight_scale_inv", torch.ones(2, 2), "a scale of this kind"),
         ("weight_scale", torch.ones(3), "a scale of 3 F32 numbers"),
+        ("layer.weight_scale", torch.ones(1), "the scale of no weight"),
         ("scale_weight", torch.ones(1, dtype=torch.float8_e5m2), "a scale of 1 F8_E5M2 numbers"),
     ],
 )
