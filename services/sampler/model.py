@@ -30,6 +30,8 @@ from services.sampler.views import unit_view, view_class
 
 # Steps that a picture takes, about: what of a denoiser stays on the device saves so many copies, of an encoder one.
 DENOISE_PASSES = 8
+# Of a component, in one tensor that every sampler has for itself: more is worth a warning.
+COPY_SHARE = 0.01
 
 log = structlog.get_logger()
 
@@ -64,6 +66,7 @@ class AttachedModel:
         self.convolving = {c.name for c in components if any(isinstance(m, _ConvNd) for m in c.module.modules())}
         for component in components:
             self._gate_component(component, gate_limit)
+            tell_copies(name, component)
         self._view_class = view_class(type(pipeline), engine.transfer.device)
         engine.settle()
         engine.transfer.attach(self.gates, work_bytes)
@@ -199,6 +202,19 @@ class AttachedModel:
             if fresh:
                 order.append((gate.component, fresh))
         return order
+
+
+def tell_copies(model: str, component: BoundComponent) -> None:
+    """Log what of a component each sampler has for itself; a warning if one tensor is much of it."""
+    largest = max(component.outside, key=lambda outside: outside.size_bytes, default=None)
+    if largest is None:
+        return
+    tell = log.warning if largest.size_bytes > COPY_SHARE * component.arena.size_bytes else log.info
+    tell(
+        "private copies", model=model, component=component.name, count=len(component.outside),
+        size_bytes=sum(outside.size_bytes for outside in component.outside), largest=largest.name,
+        largest_bytes=largest.size_bytes, reason=largest.reason,
+    )  # fmt: skip
 
 
 def is_encoder(component: str) -> bool:
