@@ -1,11 +1,11 @@
 """Writes pipeline folders with random weights at the real shapes of Z-Image, SDXL and Qwen-Image-Edit.
 
     python bench/checkpoint.py z-image /tmp/z-image                       bf16, 20.5 GB
-    python bench/checkpoint.py sdxl /tmp/sdxl                             fp16, 6.9 GB
+    python bench/checkpoint.py sdxl /tmp/sdxl                             fp16, 6.9 GB; sdxl-bf16 in bf16
     python bench/checkpoint.py qwen-image-edit /tmp/qwen --format q8_0    transformer as Q8_0 in GGUF, 21.7 + 16.8 GB
 
 `--format shards` (default) writes files of at most 5 GB with an index, as they circulate; `single` writes the denoiser
-as one safetensors file; `q8_0` as one GGUF beside the folders, whose own folder then has its config only.
+as one safetensors file; `q8_0` and `q4_k` as one GGUF beside the folders, whose own folder then has its config only.
 A folder that is complete is left alone. Values are drawn on a GPU if there is one.
 """
 
@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -121,31 +121,64 @@ def write_shard(shard: Shard, tensors: Tensors, dtype: torch.dtype, device: torc
     part.rename(shard.path)  # last: a file under its name is whole
 
 
-def quantised(shape: torch.Size) -> bool:
-    """Whether Q8_0 holds a tensor: matrices whose rows are whole blocks; the rest stays F32, as such files have it."""
-    return len(shape) == 2 and shape[-1] % 32 == 0
-
-
-def q8_0(name: str, shape: torch.Size, device: torch.device) -> np.ndarray:
-    """Rows of Q8_0 blocks (fp16 scale, 32 int8), uint8; uniform values of the deviation that the weights have."""
-    generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
-    size = (shape[0], shape[1] // 32, 34)
-    blocks = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator, device=device)
-    scale = deviation(shape) / (256 / math.sqrt(12))
-    scales = torch.empty(size[:2], device=device).uniform_(0.9 * scale, 1.1 * scale, generator=generator)
+def q8_0(deviation: float, blocks: torch.Tensor, generator: torch.Generator) -> None:
+    """Give random bytes (rows, blocks, 34) such scales (fp16, then 32 int8) that the numbers have that deviation."""
+    scale = deviation / (256 / math.sqrt(12))
+    scales = torch.empty(blocks.shape[:2], device=blocks.device).uniform_(0.9 * scale, 1.1 * scale, generator=generator)
     blocks[..., :2] = scales.half().unsqueeze(-1).view(torch.uint8)
-    return blocks.view(shape[0], -1).cpu().numpy()
 
 
-def write_gguf(path: Path, architecture: str, tensors: Tensors, device: torch.device) -> None:
+def q4_k(deviation: float, blocks: torch.Tensor, generator: torch.Generator) -> None:
+    """The same for (rows, blocks, 144): fp16 d and dmin, 12 bytes of 6-bit scales and minima, 256 nibbles.
+
+    All scales and minima are 32, and dmin is 7.5 d: a number is 32 d (nibble - 7.5).
+    """
+    d = deviation / (32 * math.sqrt((16**2 - 1) / 12))
+    scales = torch.empty(blocks.shape[:2], device=blocks.device).uniform_(0.9 * d, 1.1 * d, generator=generator)
+    blocks[..., :2] = scales.half().unsqueeze(-1).view(torch.uint8)
+    blocks[..., 2:4] = (scales * 7.5).half().unsqueeze(-1).view(torch.uint8)
+    blocks[..., 4:12], blocks[..., 12:16] = 0b10_100000, 0
+
+
+@dataclass(frozen=True)
+class PackedForm:
+    """How a GGUF's matrices are packed; `scale` makes random bytes of blocks numbers of a deviation."""
+
+    kind: gguf.GGMLQuantizationType
+    scale: Callable[[float, torch.Tensor, torch.Generator], None]
+
+    def packs(self, shape: torch.Size) -> bool:
+        """Matrices whose rows are whole blocks; the rest stays F32, as such files have it."""
+        return len(shape) == 2 and shape[-1] % gguf.GGML_QUANT_SIZES[self.kind][0] == 0
+
+    def row_bytes(self, shape: torch.Size) -> int:
+        block, block_bytes = gguf.GGML_QUANT_SIZES[self.kind]
+        return shape[-1] // block * block_bytes
+
+    def draw(self, name: str, shape: torch.Size, device: torch.device) -> np.ndarray:
+        """Rows of blocks, uint8, of the deviation that the weights have."""
+        generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+        block, block_bytes = gguf.GGML_QUANT_SIZES[self.kind]
+        size = (shape[0], shape[1] // block, block_bytes)
+        blocks = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator, device=device)
+        self.scale(deviation(shape), blocks, generator)
+        return blocks.view(shape[0], -1).cpu().numpy()
+
+
+PACKED_FORMS = {
+    "q8_0": PackedForm(gguf.GGMLQuantizationType.Q8_0, q8_0),
+    "q4_k": PackedForm(gguf.GGMLQuantizationType.Q4_K, q4_k),
+}
+
+
+def write_gguf(path: Path, architecture: str, tensors: Tensors, device: torch.device, form: PackedForm) -> None:
     """One GGUF file, tensor by tensor."""
     part = path.with_suffix(".part")
     writer = gguf.GGUFWriter(part, architecture)
-    q8 = gguf.GGMLQuantizationType.Q8_0
     for name, shape in tensors.items():
-        if quantised(shape):
-            rows = (shape[0], shape[1] // 32 * 34)
-            writer.add_tensor_info(name, rows, np.dtype(np.uint8), math.prod(rows), q8)
+        if form.packs(shape):
+            rows = (shape[0], form.row_bytes(shape))
+            writer.add_tensor_info(name, rows, np.dtype(np.uint8), math.prod(rows), form.kind)
         else:
             writer.add_tensor_info(name, shape, np.dtype(np.float32), shape.numel() * 4)
     writer.write_header_to_file()
@@ -155,8 +188,8 @@ def write_gguf(path: Path, architecture: str, tensors: Tensors, device: torch.de
 
         def draw(name: str) -> np.ndarray:
             shape = tensors[name]
-            if quantised(shape):
-                return q8_0(name, shape, device)
+            if form.packs(shape):
+                return form.draw(name, shape, device)
             return values(name, shape, torch.float32, device).cpu().numpy()
 
         coming = None
@@ -194,8 +227,8 @@ def write(model: str, folder: Path, form: str = "shards", tiny: bool = False) ->
     packed: dict[Path, Tensors] = {}
     for name, module in recipe.modules.items():
         tensors = tensors_of(module)
-        if form == "q8_0" and name in DENOISERS:
-            packed[folder / f"{model}-Q8_0.gguf"] = tensors
+        if form in PACKED_FORMS and name in DENOISERS:
+            packed[folder / f"{model}-{form.upper()}.gguf"] = tensors
             continue
         limit = math.inf if form == "single" and name in DENOISERS else shard_bytes
         shards, index = plan_folder(folder / name, tensors, recipe.dtype, limit)
@@ -214,7 +247,7 @@ def write(model: str, folder: Path, form: str = "shards", tiny: bool = False) ->
         yield str(path.relative_to(folder)), path.stat().st_size
     for path, tensors in packed.items():
         if not path.exists():
-            write_gguf(path, recipe.architecture, tensors, device)
+            write_gguf(path, recipe.architecture, tensors, device, PACKED_FORMS[form])
         yield path.name, path.stat().st_size
     recipe.write_index(folder)
 
@@ -232,7 +265,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--format", choices=("shards", "single", "q8_0"), default="shards")
+    parser.add_argument("--format", choices=("shards", "single", *PACKED_FORMS), default="shards")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to try the code")
     options = parser.parse_args(arguments)
     rows, start = [], time.perf_counter()

@@ -29,7 +29,7 @@ from services.sampler.meter import timing_event
 from services.sampler.model import AttachedModel
 from services.sampler.recorder import CudaRecorder
 from services.sampler.registration import Registrar
-from services.sampler.residency import SLOT_COUNTS, plan_slots
+from services.sampler.residency import SLOT_COUNTS, plan_slots, resident_bytes, scratch_bytes
 from services.sampler.riders import Rider
 from services.sampler.ring import Ring
 from tests.sampler.inprocess import attached, under_baton
@@ -264,9 +264,9 @@ def attached_to(
 def budget_for(model: AttachedModel, share: float) -> int:
     """The budget that keeps `share` of the denoiser's bytes on the device, beside slots and what is always there."""
     streamed = [gate for gate in model.gates if not gate.pinned and not gate.host]
-    slots = sum(each.size_bytes for each in plan_slots(streamed, max(SLOT_COUNTS)))
-    pinned = sum(gate.size_bytes for gate in model.gates if gate.pinned)
-    denoiser = sum(gate.size_bytes for gate in streamed if gate.component == "transformer")
+    slots = sum(each.size_bytes for each in plan_slots(streamed, max(SLOT_COUNTS))) + scratch_bytes(streamed)
+    pinned = resident_bytes(gate for gate in model.gates if gate.pinned)
+    denoiser = sum(gate.size_bytes for gate in streamed if gate.component in checkpoint.DENOISERS)
     return pinned + slots + round(share * denoiser)
 
 

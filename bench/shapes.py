@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,7 @@ def z_image(tiny: bool) -> Recipe:
         },
         {"scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0), "tokenizer": qwen_tokenizer()},
         {**size, "step_count": 9, "guidance_scale": 0},
+        architecture="lumina2",
     )
 
 
@@ -279,4 +280,9 @@ def qwen_image_edit(tiny: bool) -> Recipe:
     )
 
 
-MODELS: dict[str, Callable[[bool], Recipe]] = {"z-image": z_image, "sdxl": sdxl, "qwen-image-edit": qwen_image_edit}
+MODELS: dict[str, Callable[[bool], Recipe]] = {
+    "z-image": z_image,
+    "sdxl": sdxl,
+    "sdxl-bf16": lambda tiny: replace(sdxl(tiny), dtype=torch.bfloat16),
+    "qwen-image-edit": qwen_image_edit,
+}

@@ -304,3 +304,20 @@ def test_a_script_runs_from_the_command_line() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "--format" in done.stdout
+
+
+def test_packed(run: Any) -> None:
+    """Each form draws streamed what it draws resident, and brings the bytes that its file has."""
+    figures = run("packed")
+    rows = figures["rows"]
+
+    assert [(row["form"], row["riders"]) for row in rows] == [(f, n) for f in ("bf16", "q8_0", "q4_k") for n in (1, 2)]
+    assert all(row["equals_resident"] for row in rows)
+    assert figures.keys() >= {"q8_0_to_bf16", "q4_k_to_bf16"}
+
+
+def test_shares(run: Any) -> None:
+    """Pictures do not depend on what stays."""
+    rows = run("shares")["rows"]
+    assert [row["resident"] for row in rows] == [0.0, 0.5, "all"]
+    assert all(row["bit_equal"] for row in rows)

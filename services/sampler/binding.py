@@ -30,7 +30,7 @@ from services.params.layout import PlacedTensor
 from services.sampler.conversion import Conversion
 from services.sampler.gates import BoundParam, arena_bytes
 from services.sampler.llama_names import is_llama
-from services.sampler.names import of_diffusers, of_transformers
+from services.sampler.names import as_wanted, of_diffusers, of_transformers
 from services.sampler.phantoms import DTYPE as PACKED_DTYPE
 from services.sampler.phantoms import PLAIN, Phantoms, is_packed, told_apart, unlike
 from services.sampler.signatures import span_bytes
@@ -237,7 +237,8 @@ def bind_diffusers(
     if hasattr(module, "_fix_state_dict_keys_on_load"):
         module._fix_state_dict_keys_on_load(views)
     with torch.no_grad(), conversion:
-        views = of_diffusers(cls, views, module.state_dict(), module.config)
+        wanted = module.state_dict()
+        views = as_wanted(of_diffusers(cls, views, wanted, module.config), wanted)
     missing = module.load_state_dict(views, assign=True, strict=False).missing_keys
     if missing:
         raise ValueError(f"{len(missing)} tensors are not in the checkpoint, e.g. {', '.join(missing[:3])}")

@@ -63,16 +63,17 @@ class Gate:
     passes: int = 1  # how often a request passes it, roughly
     copies: tuple[Copy, ...] = ()
     size_bytes: int = 0  # of a slot that holds it
-    places: tuple[int, ...] = ()  # of each param in the slot, as it is computed with
+    scratch_bytes: int = 0  # beside the slot, for what is unpacked while the gate is open
+    places: tuple[int, ...] = ()  # of each param as it is computed with: in the slot, or if unpacked in the scratch
     arrivals: tuple[int, ...] = ()  # of each param's bytes in the slot, as they come from the arena
     is_packed: bool = False  # whether some of it has to be unpacked
     extents: tuple[int, ...] = ()
     _waiting: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.copies, self.arrivals, end = lay_out(self.params)
-        self.places, self.size_bytes = make_room(self.params, self.arrivals, end)
+        self.copies, self.arrivals, self.size_bytes = lay_out(self.params)
         self.is_packed = any(param.packing for param in self.params)
+        self.places, self.scratch_bytes = place_unpacked(self.params, self.arrivals)
         self.extents = tuple(
             sorted({e for p in self.params for at, n in p.ranges for e in extents_in(self.arena.extents, at, n)})
         )
@@ -139,9 +140,9 @@ def lay_out(params: tuple[BoundParam, ...]) -> tuple[tuple[Copy, ...], tuple[int
     return tuple(copies), places, round_up(copies[-1].at + copies[-1].size_bytes) if copies else 0
 
 
-def make_room(params: tuple[BoundParam, ...], arrivals: tuple[int, ...], end: int) -> tuple[tuple[int, ...], int]:
-    """Places behind `end` for what has to be unpacked; (place of each param in the slot, bytes of the slot). Pure."""
-    places = list(arrivals)
+def place_unpacked(params: tuple[BoundParam, ...], arrivals: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+    """Places in a scratch for what has to be unpacked; (`arrivals` with them, bytes of the scratch). Pure."""
+    places, end = list(arrivals), 0
     for number, param in enumerate(params):
         if param.packing:
             places[number] = end

@@ -19,6 +19,7 @@ from services.sampler.llama_names import is_llama, of_llama
 Views = dict[str, torch.Tensor]
 
 _OPEN_CLIP_LAYERS = "transformer.resblocks."
+REARRANGED = 256
 # A name's last parts that tell one tensor of a model from the others, more or less.
 _TELLING_PARTS = 3
 
@@ -44,6 +45,22 @@ def of_diffusers(cls: Any, views: Views, wanted: Mapping[str, object], config: M
         if is_most(found, wanted):
             return found
     return renamed
+
+
+def as_wanted(views: Views, wanted: Mapping[str, torch.Tensor]) -> Views:
+    """Rows of 256 in the module's shapes: GGUF files have them where a type's blocks would not fit into the rows.
+
+    The numbers stay in their order. Source: the shape fix of ComfyUI-GGUF's converter.
+    """
+    return {
+        name: view.view(wanted[name].shape) if name in wanted and _is_rearranged(view, wanted[name]) else view
+        for name, view in views.items()
+    }
+
+
+def _is_rearranged(view: torch.Tensor, wanted: torch.Tensor) -> bool:
+    is_same = view.shape == wanted.shape or view.numel() != wanted.numel()
+    return not is_same and view.ndim == 2 and view.shape[1] == REARRANGED and wanted.shape[-1] % REARRANGED != 0
 
 
 def of_transformers(cls: Any, views: Views, config: Any) -> Views:

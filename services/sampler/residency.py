@@ -22,6 +22,11 @@ class Sized(Hashable, Protocol):
     def size_bytes(self) -> int: ...
 
     @property
+    def scratch_bytes(self) -> int:
+        """What it takes beside its slot while it is open; if it is pinned, for good."""
+        ...
+
+    @property
     def passes(self) -> int:
         """How often a request passes it, roughly."""
         ...
@@ -49,15 +54,16 @@ class SlotPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan(Generic[G]):
-    """Who stays, and the slots of the others: small gates' first."""
+    """Who stays, the slots of the others, small gates' first, and the scratch that all take turns in."""
 
     residents: Set[G]
     small: SlotPlan
     large: SlotPlan
+    scratch_bytes: int
 
     @property
     def size_bytes(self) -> int:
-        return total_bytes([*self.residents, self.small, self.large])
+        return resident_bytes(self.residents) + self.small.size_bytes + self.large.size_bytes + self.scratch_bytes
 
 
 def plan(
@@ -68,15 +74,16 @@ def plan(
     gates: in the order of the sweep; slot_counts: to be tried in turn. Raises DeviceMemoryFull if the room is less than
     `least_room`.
     """
-    if keep_residents and total_bytes(gates) <= room_bytes:
-        return Plan(set(gates), SlotPlan(0, 0), SlotPlan(0, 0))
+    scratch = scratch_bytes(gates)
+    if keep_residents and resident_bytes(gates) + scratch <= room_bytes:
+        return Plan(set(gates), SlotPlan(0, 0), SlotPlan(0, 0), scratch)
     pinned, others = told_apart(gates)
     for slot_count in slot_counts:
         small, large = plan_slots(others, slot_count)
-        left = room_bytes - total_bytes([*pinned, small, large])
+        left = room_bytes - Plan(set(pinned), small, large, scratch).size_bytes
         if left >= 0:
             more = plan_residents(others, left) if keep_residents else set[G]()
-            return Plan(more.union(pinned), small, large)
+            return Plan(more.union(pinned), small, large, scratch)
     least = least_room(gates, keep_residents, slot_counts)
     raise DeviceMemoryFull(f"{room_bytes} bytes are too few for the gates: {least} are needed")
 
@@ -84,8 +91,9 @@ def plan(
 def least_room(gates: Sequence[G], keep_residents: bool = True, slot_counts: Sequence[int] = SLOT_COUNTS) -> int:
     """Bytes of the smallest room in which `plan` holds the gates."""
     pinned, others = told_apart(gates)
-    streaming = total_bytes([*pinned, *plan_slots(others, min(slot_counts))])
-    return min(streaming, total_bytes(gates)) if keep_residents else streaming
+    scratch = scratch_bytes(gates)
+    streaming = Plan(set(pinned), *plan_slots(others, min(slot_counts)), scratch).size_bytes
+    return min(streaming, resident_bytes(gates) + scratch) if keep_residents else streaming
 
 
 def told_apart(gates: Iterable[G]) -> tuple[list[G], list[G]]:
@@ -97,8 +105,14 @@ def told_apart(gates: Iterable[G]) -> tuple[list[G], list[G]]:
     return pinned, others
 
 
-def total_bytes(items: Iterable[Sized | SlotPlan]) -> int:
-    return sum(item.size_bytes for item in items)
+def resident_bytes(gates: Iterable[Sized]) -> int:
+    """What gates take that stay: as they came, and unpacked too where anybody may read them at any time."""
+    return sum(gate.size_bytes + (gate.scratch_bytes if gate.pinned else 0) for gate in gates)
+
+
+def scratch_bytes(gates: Iterable[Sized]) -> int:
+    """Of a scratch for all, one at a time."""
+    return max((gate.scratch_bytes for gate in gates if not gate.pinned), default=0)
 
 
 def plan_slots(gates: Sequence[G], slot_count: int) -> tuple[SlotPlan, SlotPlan]:

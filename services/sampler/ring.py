@@ -16,7 +16,7 @@ from services.sampler.budget import Budget
 from services.sampler.gates import Absent, Gate, arena_bytes
 from services.sampler.registration import CHUNK_BYTES, Registrar, Way
 from services.sampler.residency import SLOT_COUNTS, Plan, is_small, least_room, plan
-from services.sampler.slots import Slot, SlotRing, new_slot
+from services.sampler.slots import Scratch, Slot, SlotRing, new_memory, new_slot
 from services.sampler.staging import Staging
 
 Piece = tuple[int, int, int]  # offset in the arena's data, bytes, place in the slot
@@ -29,7 +29,8 @@ class Ring:
 
     On CUDA copies run on a stream of their own, ordered by events; the host never waits. With `poison` (tests, on a
     CPU) a slot is filled with NaN when its gate is left and params stay bound to it, so that a kernel that reads them
-    too late draws NaN; without it params are unbound, and whoever reads one outside a gate reads NaN.
+    too late draws NaN; without it params are unbound, and whoever reads one outside a gate reads NaN. What came packed
+    stays packed in slots and residents, and is unpacked into one scratch when its gate opens.
     """
 
     def __init__(
@@ -54,6 +55,8 @@ class Ring:
         self._copies = new_stream(device) if device.type == "cuda" else None
         self._staging: Staging | None = None
         self._small, self._large = SlotRing(), SlotRing()
+        self._scratch = Scratch(new_memory(device, 0, poison))
+        self._own_scratches: dict[Gate, Scratch] = {}  # of pinned gates, whose params are read at any time
         self._gates: list[Gate] = []
         self._pieces: dict[Gate, tuple[Piece, ...]] = {}
         self._residents: dict[Gate, Slot | None] = {}  # None: to stay once it is brought
@@ -69,9 +72,10 @@ class Ring:
 
     @property
     def held_bytes(self) -> int:
-        """Device memory that slots and residents take now."""
+        """Device memory that slots, residents and scratches take now."""
         residents = sum(slot.memory.numel() for slot in self._residents.values() if slot is not None)
-        return residents + self._small.size_bytes + self._large.size_bytes
+        scratches = sum(each.memory.numel() for each in (self._scratch, *self._own_scratches.values()))
+        return residents + self._small.size_bytes + self._large.size_bytes + scratches
 
     @property
     def work_limit_bytes(self) -> int:
@@ -115,6 +119,7 @@ class Ring:
             self._sources.pop(arena, None)
         for gate in gone:
             self._pieces.pop(gate, None)
+            self._own_scratches.pop(gate, None)
             for param in gate.params:
                 self._unbound.pop(id(param), None)
 
@@ -157,16 +162,26 @@ class Ring:
 
     def _settle(self, planned: Plan[Gate]) -> None:
         residents = planned.residents
-        slots = self._small.size_bytes + self._large.size_bytes
-        if residents == self._residents.keys() and slots == planned.small.size_bytes + planned.large.size_bytes:
+        sizes = (self._small.size_bytes, self._large.size_bytes, self._scratch.memory.numel())
+        wanted = (planned.small.size_bytes, planned.large.size_bytes, planned.scratch_bytes)
+        if residents == self._residents.keys() and sizes == wanted:
             return
         if self._copies is not None:
             torch.cuda.synchronize(self.device)
         for gate in self._residents.keys() - residents:
             self._unbind(gate)
         self._residents = {g: self._residents.get(g) for g in self._gates if g in residents}
+        self._resize_scratch(planned.scratch_bytes)
         self._small.resize(planned.small, self.device, self._poison)
         self._large.resize(planned.large, self.device, self._poison)
+
+    def _resize_scratch(self, size_bytes: int) -> None:
+        if self._scratch.memory.numel() == size_bytes:
+            return
+        for slot in (*self._small.slots, *self._large.slots, *filter(None, self._residents.values())):
+            slot.let_go(self._scratch)
+        self._scratch = Scratch(new_memory(self.device, 0, self._poison))  # the old one goes before the new one comes
+        self._scratch = Scratch(new_memory(self.device, size_bytes, self._poison))
 
     # ---- the sweep
 
@@ -185,10 +200,11 @@ class Ring:
             assert slot.arrived is not None
             torch.cuda.current_stream(self.device).wait_event(slot.arrived)
             slot.is_arriving = False
-        slot.unpack(gate)
+        scratch = self._scratch_of(gate)
+        slot.unpack(gate, scratch)
         if not slot.is_bound:
             slot.is_bound = True
-            for param, view in zip(gate.params, slot.views(gate), strict=True):
+            for param, view in zip(gate.params, slot.views(gate, scratch), strict=True):
                 param.tensor.data = view
 
     def leave(self, gate: Gate) -> None:
@@ -196,18 +212,20 @@ class Ring:
         if gate.host:
             self._unbind(gate)
             return
-        if gate in self._residents:
-            return
+        stays = gate in self._residents
         slot = self._find(gate)
-        if slot is None:
+        if slot is None or (stays and (gate.pinned or not gate.is_packed)):
             return
         if slot.free is not None:
             slot.free.record(torch.cuda.current_stream(self.device))
             slot.was_left = True
         slot.is_bound = False
         if self._poison:
-            slot.memory[: gate.size_bytes].fill_(0xFF)
-            slot.gate = None
+            if gate.is_packed:
+                self._scratch.fill_with_nan()
+            if not stays:
+                slot.memory[: gate.size_bytes].fill_(0xFF)
+                slot.gate = None
         else:
             self._unbind(gate)
 
@@ -238,7 +256,7 @@ class Ring:
         """The open gate's params on the device."""
         slot = self._find(gate)
         assert slot is not None, f"{gate} is not open"
-        return slot.views(gate)
+        return slot.views(gate, self._scratch_of(gate))
 
     def streamed_bytes_of(self, gate: Gate) -> int:
         return 0 if gate.host or gate in self._residents else sum(c.size_bytes for c in gate.copies)
@@ -256,6 +274,15 @@ class Ring:
 
     def _find(self, gate: Gate) -> Slot | None:
         return self._residents.get(gate) or self._ring_of(gate).find(gate)
+
+    def _scratch_of(self, gate: Gate) -> Scratch:
+        if gate.pinned:
+            if gate not in self._own_scratches:
+                self._own_scratches[gate] = Scratch(new_memory(self.device, gate.scratch_bytes, self._poison))
+            return self._own_scratches[gate]
+        if gate.scratch_bytes > self._scratch.memory.numel():  # there was no memory for it
+            self._hold(self._gates, keep_residents=False)
+        return self._scratch
 
     def _bring_or_make_way(self, gate: Gate) -> Slot:
         """Bring a gate that is to be opened. If it was to stay but memory is short, nothing but the ring stays."""
@@ -290,7 +317,8 @@ class Ring:
         """Copy a gate into a slot, once what last read that is done."""
         if slot.staging is not None:
             slot.staging.result()
-        slot.gate, slot.is_bound, slot.is_unpacked, slot.staging = gate, False, False, None
+        slot.gate, slot.is_bound, slot.staging = gate, False, None
+        self._scratch.forget(slot)
         source, pieces = self._sources[gate.arena], self._pieces[gate]
         self.streamed_bytes += sum(size for _, size, _ in pieces)
         if self._copies is None or slot.arrived is None:

@@ -1,4 +1,7 @@
-"""Device memory that holds gates, one at a time, and what it takes to use a gate's params there."""
+"""Device memory that holds gates, one at a time, and what it takes to use a gate's params there.
+
+What came packed stays packed in its slot, and is unpacked into a scratch that all gates share: one is open at a time.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,23 @@ from services.sampler.signatures import span_bytes
 
 
 @dataclass(eq=False, slots=True)
+class Scratch:
+    """Device memory for what the open gate has unpacked. Kernels follow each other on one stream, so one is enough."""
+
+    memory: torch.Tensor  # uint8
+    slot: Slot | None = None  # whose gate's params are in it
+
+    def forget(self, slot: Slot) -> None:
+        """The slot gets another gate."""
+        if self.slot is slot:
+            self.slot = None
+
+    def fill_with_nan(self) -> None:
+        self.memory.fill_(0xFF)
+        self.slot = None
+
+
+@dataclass(eq=False, slots=True)
 class Slot:
     """Device memory that holds one gate at a time. Its events are made once and recorded again and again."""
 
@@ -22,30 +42,36 @@ class Slot:
     free: torch.cuda.Event | None = None  # kernels that read them are done
     gate: Gate | None = None
     is_bound: bool = False  # whether the gate's params are views of this memory now
-    is_unpacked: bool = False  # whether what came packed was unpacked
     is_arriving: bool = False  # nobody has waited for `arrived` yet
     was_left: bool = False  # `free` was recorded
     staging: Future[None] | None = None  # copies that another thread has yet to launch
     bound: dict[Gate, tuple[torch.Tensor, ...]] = field(default_factory=dict)  # views made so far
 
-    def views(self, gate: Gate) -> tuple[torch.Tensor, ...]:
-        """The gate's params as they lie in this slot."""
+    def views(self, gate: Gate, scratch: Scratch) -> tuple[torch.Tensor, ...]:
+        """The gate's params as they lie in this slot, those that came packed as they lie in the scratch."""
         if gate not in self.bound:
             # Params outlive the request that first needed them: they must not become inference tensors.
             with torch.inference_mode(False):
                 self.bound[gate] = tuple(
-                    place_view(self.memory, at, p.view) for p, at in zip(gate.params, gate.places, strict=True)
+                    place_view(scratch.memory if param.packing else self.memory, at, param.view)
+                    for param, at in zip(gate.params, gate.places, strict=True)
                 )
         return self.bound[gate]
 
-    def unpack(self, gate: Gate) -> None:
-        """Unpack what came packed, once for all who find it here."""
-        if self.is_unpacked or not gate.is_packed:
+    def unpack(self, gate: Gate, scratch: Scratch) -> None:
+        """Unpack what came packed, once for all who find it there."""
+        if scratch.slot is self or not gate.is_packed:
             return
-        for param, view in zip(gate.params, self.views(gate), strict=True):
+        for param, view in zip(gate.params, self.views(gate, scratch), strict=True):
             if param.packing:
                 param.packing.unpack(functools.partial(gate.arrived, self.memory), view)
-        self.is_unpacked = True
+        scratch.slot = self
+
+    def let_go(self, scratch: Scratch) -> None:
+        """Drop all views, for a scratch goes that they may be in."""
+        self.bound.clear()
+        self.is_bound = False
+        scratch.forget(self)
 
     def forget(self, gates: set[Gate]) -> None:
         """Drop gates that are no more, and with them what keeps their arenas mapped."""
@@ -55,12 +81,18 @@ class Slot:
             self.gate, self.is_bound = None, False
 
 
-def new_slot(device: torch.device, size_bytes: int, poison: bool) -> Slot:
-    """Memory for a gate. Raises torch.OutOfMemoryError."""
+def new_memory(device: torch.device, size_bytes: int, poison: bool) -> torch.Tensor:
+    """uint8. Raises torch.OutOfMemoryError."""
     with torch.inference_mode(False):  # an inference tensor could not be written again from elsewhere
         memory = torch.empty(size_bytes, dtype=torch.uint8, device=device)
     if poison:
         memory.fill_(0xFF)  # all ones is a NaN in every float format we know
+    return memory
+
+
+def new_slot(device: torch.device, size_bytes: int, poison: bool) -> Slot:
+    """Memory for a gate. Raises torch.OutOfMemoryError."""
+    memory = new_memory(device, size_bytes, poison)
     return Slot(memory, new_event(), new_event()) if device.type == "cuda" else Slot(memory)
 
 

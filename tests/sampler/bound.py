@@ -17,7 +17,7 @@ from services.params.layout import place
 from services.params.owned_arena import OwnedArena
 from services.sampler.binding import BoundComponent, bind
 from services.sampler.gates import Gate, arena_bytes
-from services.sampler.slots import new_slot
+from services.sampler.slots import Scratch, new_memory, new_slot
 from services.sampler.transfer import ArenaViews
 
 Tensors = dict[str, torch.Tensor]
@@ -61,9 +61,10 @@ def arrived(component: BoundComponent) -> Tensors:
     source, slot = arena_bytes(component.arena), new_slot(torch.device("cpu"), gate.size_bytes, poison=True)
     for copy in gate.copies:
         slot.memory[copy.at : copy.at + copy.size_bytes] = source[copy.offset : copy.offset + copy.size_bytes]
-    slot.unpack(gate)
+    scratch = Scratch(new_memory(torch.device("cpu"), gate.scratch_bytes, poison=True))
+    slot.unpack(gate, scratch)
     there = {}
-    for param, view, other in zip(gate.params, ArenaViews().views(gate), slot.views(gate), strict=True):
+    for param, view, other in zip(gate.params, ArenaViews().views(gate), slot.views(gate, scratch), strict=True):
         assert torch.equal(view.float(), other.float())
         there[id(param.tensor)] = view
     state: dict[str, Any] = component.module.state_dict(keep_vars=True)

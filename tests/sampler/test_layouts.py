@@ -138,6 +138,22 @@ def reference_of(model: Any, folder: Path, numbers: Tensors) -> Any:
     return type(model).from_single_file(dict(numbers), config=str(folder), torch_dtype=dtype)
 
 
+def test_rows_that_were_made_to_fit_blocks_get_their_shapes_back(memory: Path, tmp_path: Path) -> None:
+    """As converters of SD and SDXL do it for the kernels of convolutions."""
+    model = sdxl_unet()
+    randomise(model)
+    model.save_config(tmp_path)
+    named = original_names.unet(model.state_dict())
+    shapes = {name: tensor.shape for name, tensor in named.items()}
+    fit = {n: t for n, t in named.items() if t.ndim > 1 and t.numel() % 256 == 0 and t.shape[-1] % 256}
+    file, numbers = write(tmp_path, named | {n: t.reshape(-1, 256) for n, t in fit.items()}, "Q8_0")
+    reference = reference_of(model, tmp_path, {name: tensor.view(shapes[name]) for name, tensor in numbers.items()})
+
+    with bound(memory, tmp_path, "diffusers", type(model), file) as component:
+        assert len(fit) > 50
+        assert_equal(component, reference)
+
+
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_params_are_what_diffusers_makes_of_the_file(name: str, kind: str, memory: Path, tmp_path: Path) -> None:
     """Renamed, split, swapped and put together: what of it is no run of the file's bytes is little, and is listed."""

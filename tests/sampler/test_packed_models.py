@@ -113,19 +113,31 @@ def packed(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -
         yield stack
 
 
+def check_pictures(packed: Stack, folders: dict[str, Path], device: str, flags: tuple[str, ...]) -> None:
+    """Each layout of each type gives what diffusers draws with the unpacked numbers."""
+    sampler = packed.sampler("--device", device, *flags)
+    for kind in ("q8_0", "q4_0", "fp8"):
+        plain_pipeline.cache_clear()
+        plain = pixels(plain_picture(folders[f"plain_{kind}"], PROMPT, SIZE, STEPS, SEED, device=device))
+        for layout in ("diffusers", "circulating")[kind == "fp8" :]:
+            result = served(sampler.addresses[0], f"z_image_{layout}_{kind}", PROMPT, SIZE, STEPS, SEED)
+            assert np.array_equal(pixels(result.images[0].pil), plain), (layout, kind)
+    sampler.stop()
+
+
 @pytest.mark.parametrize("flags", [(), ("--test-ring",), ("--test-ring", "--no-stream-layers")])
 def test_pictures_equal_diffusers_on_the_unpacked_numbers(
     packed: Stack, folders: dict[str, Path], flags: tuple[str, ...]
 ) -> None:
     """Whatever names the file uses, streamed and resident; q, k and v that are packed in one are split as they lie."""
-    sampler = packed.sampler(*flags)
-    for kind in ("q8_0", "q4_0", "fp8"):
-        plain_pipeline.cache_clear()
-        plain = pixels(plain_picture(folders[f"plain_{kind}"], PROMPT, SIZE, STEPS, SEED))
-        for layout in ("diffusers", "circulating")[kind == "fp8" :]:
-            result = served(sampler.addresses[0], f"z_image_{layout}_{kind}", PROMPT, SIZE, STEPS, SEED)
-            assert np.array_equal(pixels(result.images[0].pil), plain), (layout, kind)
-    sampler.stop()
+    check_pictures(packed, folders, "cpu", flags)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("flags", [(), ("--no-stream-layers",)])
+def test_pictures_on_cuda_too(cuda: None, packed: Stack, folders: dict[str, Path], flags: tuple[str, ...]) -> None:
+    """Resident and streamed, against diffusers on the same device."""
+    check_pictures(packed, folders, "cuda", ("--max-vram", "4", "--work-reserve", "1", *flags))
 
 
 @pytest.mark.parametrize("is_ring", [False, True])

@@ -20,6 +20,7 @@ class Sized:
     size_bytes: int
     passes: int = 1
     pinned: bool = False
+    scratch_bytes: int = 0
 
 
 @given(st.lists(st.integers(1, 1000), max_size=60), st.integers(0, 20_000))
@@ -46,30 +47,37 @@ def test_residents_are_spread_over_the_sweep(gate_count: int, wanted: int) -> No
     assert max(gaps) <= 3 * gate_count / wanted
 
 
-@given(st.lists(st.tuples(st.integers(1, 1000), st.integers(1, 9)), max_size=60), st.integers(0, 20_000), st.booleans())
-def test_a_plan_fits_or_says_what_is_missing(sizes: list[tuple[int, int]], room: int, keep: bool) -> None:
-    """Slots and residents fit the room, every streamed gate has a slot to go to; else two slots would not fit."""
-    gates = [Sized(n, size, passes) for n, (size, passes) in enumerate(sizes)]
+@given(
+    st.lists(st.tuples(st.integers(1, 1000), st.integers(1, 9), st.integers(0, 2000)), max_size=60),
+    st.integers(0, 20_000),
+    st.booleans(),
+)
+def test_a_plan_fits_or_says_what_is_missing(sizes: list[tuple[int, int, int]], room: int, keep: bool) -> None:
+    """Slots, scratch and residents fit the room, every streamed gate has a slot to go to; else two slots would not."""
+    gates = [Sized(n, size, passes, scratch_bytes=scratch) for n, (size, passes, scratch) in enumerate(sizes)]
     with suppress(DeviceMemoryFull):
         planned = plan(gates, room, keep)
         streamed = [g for g in gates if g not in planned.residents]
         assert planned.size_bytes <= room
+        assert sum(g.size_bytes for g in planned.residents) + planned.scratch_bytes <= room
+        assert all(g.scratch_bytes <= planned.scratch_bytes for g in gates)
         assert all(g.size_bytes <= planned.large.slot_bytes for g in streamed)
         assert not streamed or planned.large.slot_count >= 2
         return
-    assert room < 2 * max(g.size_bytes for g in gates) + 8 * max(g.size_bytes for g in gates) / 16
+    largest, scratch = max(g.size_bytes for g in gates), max(g.scratch_bytes for g in gates)
+    assert room < 2 * largest + 8 * largest / 16 + scratch
 
 
 @given(
-    st.lists(st.tuples(st.integers(1, 1000), st.booleans()), min_size=1, max_size=60),
+    st.lists(st.tuples(st.integers(1, 1000), st.booleans(), st.integers(0, 2000)), min_size=1, max_size=60),
     st.booleans(),
     st.permutations([2, 3, 4]),
 )
 def test_the_least_room_is_enough_and_a_byte_less_is_not(
-    sizes: list[tuple[int, bool]], keep: bool, slot_counts: list[int]
+    sizes: list[tuple[int, bool, int]], keep: bool, slot_counts: list[int]
 ) -> None:
-    """Whatever the gates: pinned ones stay, each of the others has a slot to go to."""
-    gates = [Sized(n, size, pinned=pinned) for n, (size, pinned) in enumerate(sizes)]
+    """Whatever the gates: pinned ones stay, each of the others has a slot to go to, and what is unpacked a scratch."""
+    gates = [Sized(n, size, 1, pinned, scratch) for n, (size, pinned, scratch) in enumerate(sizes)]
     least = least_room(gates, keep, slot_counts)
     planned = plan(gates, least, keep, slot_counts)
 
