@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from tests import original_names
 from tests.sampler.bound import Tensors, assert_equal, bound
-from tests.sampler.packings import write_gguf
+from tests.sampler.packings import scaled_fp8, write_gguf
 from tests.tiny_models import kl_vae, randomise
 
 UNET: dict[str, Any] = {
@@ -136,6 +136,20 @@ def reference_of(model: Any, folder: Path, numbers: Tensors) -> Any:
     ):
         numbers = comfy(numbers)
     return type(model).from_single_file(dict(numbers), config=str(folder), torch_dtype=dtype)
+
+
+def test_scales_of_rows_go_with_their_rows(memory: Path, tmp_path: Path) -> None:
+    """Where q, k and v are one tensor of fp8, each gets its own part of the scales."""
+    model = flux()
+    randomise(model)
+    model.save_config(tmp_path)
+    stored, numbers = scaled_fp8(original_names.flux(model.state_dict()), "weight_scale", by_row=True)
+    save_file({name: tensor.contiguous() for name, tensor in stored.items()}, tmp_path / "model.safetensors")
+    reference = reference_of(model, tmp_path, numbers)
+
+    with bound(memory, tmp_path, "diffusers", type(model), tmp_path / "model.safetensors") as component:
+        assert_equal(component, reference)
+        assert not component.outside
 
 
 def test_rows_that_were_made_to_fit_blocks_get_their_shapes_back(memory: Path, tmp_path: Path) -> None:
