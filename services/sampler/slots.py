@@ -5,13 +5,13 @@ What came packed stays packed in its slot, and is unpacked into a scratch that a
 
 from __future__ import annotations
 
+import functools
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import torch
 
 from services.sampler.gates import Gate
-from services.sampler.packed import unpack
 from services.sampler.residency import SlotPlan
 from services.sampler.signatures import span_bytes
 
@@ -62,10 +62,9 @@ class Slot:
         """Unpack what came packed, once for all who find it there."""
         if scratch.slot is self or not gate.is_packed:
             return
-        for param, at, view in zip(gate.params, gate.arrivals, self.views(gate, scratch), strict=True):
+        for param, view in zip(gate.params, self.views(gate, scratch), strict=True):
             if param.packing:
-                raw = self.memory[at : at + param.size_bytes]
-                unpack(raw, param.packing, tuple(view.shape), view.dtype, out=view)
+                param.packing.unpack(functools.partial(gate.arrived, self.memory), view)
         scratch.slot = self
 
     def let_go(self, scratch: Scratch) -> None:

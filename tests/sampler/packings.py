@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import gguf
@@ -10,6 +11,8 @@ import torch
 from gguf.constants import GGMLQuantizationType
 
 from services.sampler.packed import BY_NAME, unpack
+
+Tensors = dict[str, torch.Tensor]
 
 # Where a block has float16 scales: (first byte, how many).
 SCALES = {
@@ -64,3 +67,46 @@ def check(raw: np.ndarray, packing: str, shape: tuple[int, ...], **more: Any) ->
     theirs = reference(tensor, packing, shape)
     assert_same(unpack(tensor, packing, shape, torch.float32, **more), theirs)
     assert_same(unpack(tensor, packing, shape, **more), theirs.to(torch.bfloat16))
+
+
+def packed_as(name: str, tensor: torch.Tensor, kind: GGMLQuantizationType) -> GGMLQuantizationType:
+    """The type that a converter would choose: blocks for matrices whose rows hold whole ones, F32 for vectors."""
+    block = gguf.GGML_QUANT_SIZES[kind][0]
+    if tensor.ndim < 2:
+        return GGMLQuantizationType.F32
+    return kind if tensor.shape[-1] % block == 0 else GGMLQuantizationType.F16
+
+
+def write_gguf(path: Path, tensors: dict[str, torch.Tensor], kind: GGMLQuantizationType) -> dict[str, torch.Tensor]:
+    """Write a file; returns what its numbers are when unpacked, in bf16."""
+    writer = gguf.GGUFWriter(path, "z_image")
+    unpacked = {}
+    for name, tensor in tensors.items():
+        chosen = packed_as(name, tensor, kind)
+        raw = gguf.quants.quantize(tensor.float().numpy(), chosen)
+        writer.add_tensor(name, raw, raw_dtype=chosen)
+        unpacked[name] = torch.from_numpy(gguf.quants.dequantize(raw, chosen).astype(np.float32)).bfloat16()
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return unpacked
+
+
+def scaled_fp8(tensors: Tensors, last: str, by_row: bool = False) -> tuple[Tensors, Tensors]:
+    """A file as ComfyUI has it, and the numbers in it; matrices of layers are in fp8."""
+    stored: Tensors = {"scaled_fp8": torch.empty(2, dtype=torch.float8_e4m3fn)} if last == "scale_weight" else {}
+    numbers: Tensors = {}
+    for name, tensor in tensors.items():
+        if tensor.ndim != 2 or "embed_tokens" in name or not name.endswith(".weight"):
+            stored[name] = numbers[name] = tensor.bfloat16()
+            continue
+        largest = tensor.abs().amax(1) if by_row else tensor.abs().max()
+        scale = (largest / 448).float()
+        module = name.removesuffix(".weight")
+        rows = scale[:, None] if by_row else scale
+        stored[name] = (tensor / rows).to(torch.float8_e4m3fn)
+        stored[f"{module}.{last}"] = scale
+        stored[f"{module}.{'scale_input' if last == 'scale_weight' else 'input_scale'}"] = torch.tensor(0.5)
+        numbers[name] = (stored[name].float() * rows).bfloat16()
+    return stored, numbers

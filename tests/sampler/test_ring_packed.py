@@ -15,6 +15,7 @@ from torch import nn
 from services.params.layout import Extent
 from services.sampler.budget import Budget
 from services.sampler.gates import BoundParam, Gate
+from services.sampler.packed.runs import Packed, Run
 from services.sampler.ring import Ring
 
 GATES, ROWS, COLUMNS = 6, 64, 128
@@ -45,7 +46,8 @@ class Model:
         self.gates: list[Gate] = []
         for n in range(GATES):
             view = torch.empty((rows, COLUMNS), dtype=torch.bfloat16)
-            bound = BoundParam(nn.Parameter(view), n * size_bytes, size_bytes, view, "Q8_0")
+            packed = Packed((Run("Q8_0", n * size_bytes, size_bytes, view.numel()),))
+            bound = BoundParam(nn.Parameter(view), n * size_bytes, size_bytes, view, packed)
             self.gates.append(Gate("c", str(n), nn.Identity(), memory, (bound,), pinned=n in pinned))
 
     def holds_its_own(self, number: int) -> bool:
