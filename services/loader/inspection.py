@@ -10,8 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from services.errors import BadCheckpoint
-from services.loader.catalog import parts_of, read_index
 from services.loader.config import Inspect
+from services.loader.index import parts_of, read_index
 from services.loader.weights import pick_weights, recognised
 from services.params.checkpoint import read_checkpoint
 from services.params.recognise import UNKNOWN, Architecture
