@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,11 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from services.errors import BadCheckpoint, UnsupportedModel
 from services.params.arena import AttachedArena
+from services.params.layout import PlacedTensor
 from services.sampler.gates import BoundParam, arena_bytes
+from services.sampler.conversion import Conversion
 from services.sampler.names import of_diffusers, of_transformers
-from services.sampler.phantoms import Phantoms, is_packed
+from services.sampler.phantoms import Phantoms, is_packed, told_apart
 from services.sampler.signatures import span_bytes
 
 DTYPES = {
@@ -35,8 +37,6 @@ DTYPES = {
     "F16": torch.float16,
     "F32": torch.float32,
     "F64": torch.float64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -119,8 +119,11 @@ def bind(name: str, entry: tuple[str, str], config: Path, arena: AttachedArena) 
     """Build one component with its params as views of the arena. Raises BadCheckpoint, UnsupportedModel."""
     class_name = entry[1]
     cls = component_class(*entry)
-    phantoms = Phantoms(arena.tensors) if is_packed(arena.tensors) else None
-    views = arena_views(arena, phantoms)
+    params, scales = told_apart(arena.tensors)
+    data = arena_bytes(arena)
+    phantoms = Phantoms(params, data, scales) if is_packed(params) else None
+    views = views_of(params, data, phantoms)
+    conversion = Conversion(data, phantoms)
     floats = Counter[torch.dtype]()
     for view in views.values():
         if view.is_floating_point():
@@ -128,7 +131,7 @@ def bind(name: str, entry: tuple[str, str], config: Path, arena: AttachedArena) 
     dtype = floats.most_common(1)[0][0] if floats else torch.float32
     build = bind_transformers if issubclass(cls, transformers.PreTrainedModel) else bind_diffusers
     try:
-        module, reasons = build(cls, config, views, dtype)
+        module, reasons = build(cls, config, views, dtype, conversion)
     except (RuntimeError, ValueError, OSError, KeyError) as error:
         raise BadCheckpoint(f"{name}: {class_name} cannot take these params: {first_line(error)}") from error
     module.eval()
@@ -137,11 +140,14 @@ def bind(name: str, entry: tuple[str, str], config: Path, arena: AttachedArena) 
     for param in module.parameters():
         param.requires_grad_(param.is_floating_point())
     refuse_meta(name, module)
-    inside, outside = sort_tensors(
-        module, arena, lambda tensor_name: reasons.get(tensor_name, "converted by the library"), phantoms
-    )
-    if phantoms and outside:
-        raise UnsupportedModel(f"{name}: {outside[0].name} is packed and would have to be converted")
+
+    def reason(tensor_name: str, tensor: torch.Tensor) -> str:
+        why = reasons.get(tensor_name) or conversion.reason(tensor)
+        if phantoms and not why:
+            raise UnsupportedModel(f"{name}: {tensor_name} is packed, and the library wants to convert it")
+        return why or "converted by the library"
+
+    inside, outside = sort_tensors(module, arena, reason, phantoms)
     return BoundComponent(name, module, arena, tuple(inside), tuple(outside), dtype)
 
 
@@ -165,14 +171,15 @@ def component_class(library: str, class_name: str) -> type[nn.Module]:
     raise UnsupportedModel(f"neither diffusers nor transformers has the class {class_name}")
 
 
-def arena_views(arena: AttachedArena, phantoms: Phantoms | None = None) -> dict[str, torch.Tensor]:
-    """Every tensor of the arena under its checkpoint name, as it lies there; those that are packed as phantoms.
+def views_of(
+    tensors: Iterable[PlacedTensor], data: torch.Tensor, phantoms: Phantoms | None = None
+) -> dict[str, torch.Tensor]:
+    """Tensors of an arena under their checkpoint names, as they lie in its `data`; those that are packed as phantoms.
 
     Reads no byte of it.
     """
-    data = arena_bytes(arena)
     views = phantoms.views() if phantoms else {}
-    for tensor in arena.tensors:
+    for tensor in tensors:
         if tensor.name in views:
             continue
         if tensor.dtype not in DTYPES:
@@ -186,14 +193,15 @@ Reasons = dict[str, str]
 
 
 def bind_diffusers(
-    cls: Any, config: Path, views: dict[str, torch.Tensor], dtype: torch.dtype
+    cls: Any, config: Path, views: dict[str, torch.Tensor], dtype: torch.dtype, conversion: Conversion
 ) -> tuple[nn.Module, Reasons]:
     """A diffusers model over `views`: parameters from meta, buffers real."""
     with init_empty_weights(include_buffers=False):
         module: Any = cls.from_config(cls.load_config(str(config)))
     if hasattr(module, "_fix_state_dict_keys_on_load"):
         module._fix_state_dict_keys_on_load(views)
-    views = of_diffusers(cls, views, module.state_dict(), module.config)
+    with torch.no_grad(), conversion:
+        views = of_diffusers(cls, views, module.state_dict(), module.config)
     missing = module.load_state_dict(views, assign=True, strict=False).missing_keys
     if missing:
         raise ValueError(f"{len(missing)} tensors are not in the checkpoint, e.g. {', '.join(missing[:3])}")
@@ -201,20 +209,23 @@ def bind_diffusers(
     kept = set(module._keep_in_fp32_modules or ())
     for name, param in module.named_parameters():
         if kept.intersection(name.split(".")) and param.dtype in (torch.float16, torch.bfloat16):
-            param.data = param.data.float()
+            with conversion:
+                param.data = param.data.float()
             reasons[name] = "the model keeps it in float32"
     return module, reasons
 
 
 def bind_transformers(
-    cls: Any, config: Path, views: dict[str, torch.Tensor], dtype: torch.dtype
+    cls: Any, config: Path, views: dict[str, torch.Tensor], dtype: torch.dtype, conversion: Conversion
 ) -> tuple[nn.Module, Reasons]:
     """A transformers model over `views`, names mapped by its own loader."""
     its_config = cls.config_class.from_pretrained(str(config))
+    with torch.no_grad(), conversion:
+        views = of_transformers(cls, views, its_config)
     module, info = cls.from_pretrained(
         None,
         config=its_config,
-        state_dict=of_transformers(cls, views, its_config),
+        state_dict=views,
         dtype=dtype,
         output_loading_info=True,
         local_files_only=True,
@@ -242,7 +253,7 @@ def refuse_meta(name: str, module: nn.Module) -> None:
 
 
 def sort_tensors(
-    module: nn.Module, arena: AttachedArena, reason: Callable[[str], str], phantoms: Phantoms | None = None
+    module: nn.Module, arena: AttachedArena, reason: Callable[[str, torch.Tensor], str], phantoms: Phantoms | None = None
 ) -> tuple[list[BoundParam], list[Outside]]:
     """Tell tensors with bytes in the arena from those outside; buffers that the code itself makes are not params."""
     data = arena_bytes(arena)
@@ -258,7 +269,8 @@ def sort_tensors(
             inside[id(tensor)] = BoundParam(tensor, tensor.data_ptr() - base, size, view)
         elif phantoms and phantoms.holds(tensor):
             packed = phantoms.origin(tensor)
-            inside[id(tensor)] = BoundParam(tensor, packed.offset, packed.size_bytes, tensor.detach(), packed.packing)
+            first, first_bytes = packed.ranges[0]
+            inside[id(tensor)] = BoundParam(tensor, first, first_bytes, tensor.detach(), packed)
         elif id(tensor) in params:
-            outside[id(tensor)] = Outside(name, size, reason(name))
+            outside[id(tensor)] = Outside(name, size, reason(name, tensor))
     return list(inside.values()), list(outside.values())

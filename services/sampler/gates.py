@@ -14,6 +14,7 @@ from torch import nn
 
 from services.params.arena import AttachedArena
 from services.params.layout import ALIGNMENT, extents_in
+from services.sampler.packed.runs import Packed
 
 # An embedding table above this is looked up on the host: a prompt needs a few of its rows.
 HOST_LOOKUP_BYTES = 64 << 20
@@ -29,9 +30,14 @@ class BoundParam:
 
     tensor: torch.Tensor
     offset: int  # of its first byte in the arena's data
-    size_bytes: int
+    size_bytes: int  # from there on
     view: torch.Tensor
-    packing: str = ""  # how the bytes in the arena have to be unpacked; "": not at all
+    packing: Packed | None = None  # which bytes of the arena have to be unpacked, and how; None: it is as it lies there
+
+    @property
+    def ranges(self) -> tuple[tuple[int, int], ...]:
+        """(first byte, size) of each piece of the arena that it is made of."""
+        return self.packing.ranges if self.packing else ((self.offset, self.size_bytes),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +74,7 @@ class Gate:
         self.places, self.size_bytes = make_room(self.params, self.arrivals, end)
         self.is_packed = any(param.packing for param in self.params)
         self.extents = tuple(
-            sorted({e for p in self.params for e in extents_in(self.arena.extents, p.offset, p.size_bytes)})
+            sorted({e for p in self.params for at, n in p.ranges for e in extents_in(self.arena.extents, at, n)})
         )
         self._waiting = list(self.extents)
 
@@ -79,6 +85,12 @@ class Gate:
                 return False
             self._waiting.pop()
         return True
+
+    def arrived(self, memory: torch.Tensor, offset: int, size_bytes: int) -> torch.Tensor:
+        """Bytes of the arena's data where the gate's copies put them in a slot's `memory`."""
+        copy = next(c for c in self.copies if c.offset <= offset and offset + size_bytes <= c.offset + c.size_bytes)
+        at = copy.at + offset - copy.offset
+        return memory[at : at + size_bytes]
 
     def __repr__(self) -> str:
         return f"<gate {self.component}:{self.name} {self.size_bytes} bytes>"
@@ -112,7 +124,7 @@ def lay_out(params: tuple[BoundParam, ...]) -> tuple[tuple[Copy, ...], tuple[int
     fused tensor) share their bytes. Pure.
     """
     copies: list[Copy] = []
-    for start, end in merge_ranges([(p.offset, p.offset + p.size_bytes) for p in params]):
+    for start, end in merge_ranges([(at, at + size) for p in params for at, size in p.ranges]):
         at = 0 if not copies else round_up(copies[-1].at + copies[-1].size_bytes)
         # The slot keeps the arena's alignment, so that a kernel sees the same address modulo ALIGNMENT everywhere.
         at += start % ALIGNMENT

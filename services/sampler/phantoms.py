@@ -2,7 +2,8 @@
 
 A library's loaders rename, split and view tensors, and know nothing of packed blocks. They are given tensors of the
 unpacked shapes in address space that has no memory: where a param lies there when they are done says which of the
-arena's bytes it is. A split by rows is a run of whole blocks, so it costs nothing either.
+arena's bytes it is. A split by rows is a run of whole blocks, and what is put together of rows is a list of runs, so
+neither costs anything.
 """
 
 from __future__ import annotations
@@ -10,82 +11,209 @@ from __future__ import annotations
 import bisect
 import math
 import mmap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from services.errors import UnsupportedModel
 from services.params.layout import PlacedTensor
 from services.sampler.gates import round_up
-from services.sampler.packed import BY_NAME, check_packing
+from services.sampler.packed import BY_NAME, FP8, check_packing
+from services.sampler.packed.runs import SCALE_DTYPES, Packed, Run, Scale
+from services.sampler.signatures import span_bytes
 
 # What packed params are computed with.
 DTYPE = torch.bfloat16
 _ITEM_BYTES = DTYPE.itemsize
+# Beside fp8 weights, by what stands behind the module's name. Scales of activations are for products in fp8.
+_SCALES = ("scale_weight", "weight_scale")
+_NOT_NEEDED = ("scale_input", "input_scale", "comfy_quant")
+_MARKS = ("scaled_fp8",)
 
 
-@dataclass(frozen=True, slots=True)
-class Packed:
-    """A run of whole blocks of one packed tensor: where in the arena's data, and how they are packed."""
-
-    packing: str
-    offset: int
-    size_bytes: int
-
-
-def _has_to_be_unpacked(tensor: PlacedTensor) -> bool:
-    """Blocks, and floats of another kind: a matrix product wants one dtype."""
-    return (_is_in_blocks(tensor) or tensor.dtype in ("F32", "F16")) and math.prod(tensor.shape) > 0
+def is_packed(tensors: Iterable[PlacedTensor]) -> bool:
+    """Whether a component has numbers that nothing here computes with as they are."""
+    return any(_is_in_blocks(tensor) or tensor.dtype in FP8 for tensor in tensors)
 
 
 def _is_in_blocks(tensor: PlacedTensor) -> bool:
     return tensor.dtype in BY_NAME and BY_NAME[tensor.dtype].block > 1
 
 
-def is_packed(tensors: Iterable[PlacedTensor]) -> bool:
-    """Whether a component has numbers that no torch dtype holds."""
-    return any(map(_is_in_blocks, tensors))
+def _has_to_be_unpacked(tensor: PlacedTensor) -> bool:
+    """Blocks, fp8, and floats of another kind: a matrix product wants one dtype."""
+    is_other = _is_in_blocks(tensor) or tensor.dtype in FP8 or tensor.dtype in ("F32", "F16")
+    return is_other and math.prod(tensor.shape) > 0
+
+
+def told_apart(tensors: Iterable[PlacedTensor]) -> tuple[list[PlacedTensor], dict[str, PlacedTensor]]:
+    """The params, and the scales of those in fp8 by the param's name; what a file has beside them is left out.
+
+    Raises UnsupportedModel for a scale that cannot be one of an fp8 param.
+    """
+    named = {tensor.name: tensor for tensor in tensors}
+    scales: dict[str, PlacedTensor] = {}
+    beside: set[str] = set()
+    for name, tensor in named.items():
+        module, _, last = name.rpartition(".")
+        if last in _MARKS or last in _NOT_NEEDED:
+            beside.add(name)
+        elif f"{module}.weight" in named and last in _SCALES:
+            _check_scale(named[f"{module}.weight"], tensor)
+            scales[f"{module}.weight"] = tensor
+            beside.add(name)
+        elif "scale" in last and _is_fp8(named.get(f"{module}.weight")):
+            raise UnsupportedModel(f"{name}: fp8 weights with a scale of this kind cannot be unpacked; one number can")
+    return [tensor for name, tensor in named.items() if name not in beside], scales
+
+
+def _is_fp8(tensor: PlacedTensor | None) -> bool:
+    return tensor is not None and tensor.dtype in FP8
+
+
+def _check_scale(weight: PlacedTensor, scale: PlacedTensor) -> None:
+    count = math.prod(scale.shape)
+    if not _is_fp8(weight):
+        raise UnsupportedModel(f"{weight.name} is {weight.dtype} and has a scale; only fp8 weights with one are unpacked")
+    if scale.dtype not in SCALE_DTYPES or count not in (1, weight.shape[0]):
+        raise UnsupportedModel(
+            f"{weight.name} has a scale of {count} {scale.dtype} numbers; one is expected, or one for each row"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Region:
+    """Address space of one tensor of the arena, or of one that was put together; `runs` are its numbers in order."""
+
+    name: str
+    runs: tuple[Run, ...]
+    space: torch.Tensor
+
+    def tensor(self, shape: Sequence[int]) -> torch.Tensor:
+        return self.space.view(DTYPE)[: math.prod(shape)].view(shape)
 
 
 class Phantoms:
     """Tensors of a component that have to be unpacked, as others see them. Nothing may be read from them: all zeros.
 
-    Raises UnsupportedModel for a packing that nothing here unpacks.
+    data: the arena's (uint8), for what has to be computed; tensors that it holds as they are stay views of it. scales:
+    by the name of the fp8 param that each belongs to. Raises UnsupportedModel for a packing that nothing here unpacks.
     """
 
-    def __init__(self, tensors: Iterable[PlacedTensor]) -> None:
-        self._tensors = [tensor for tensor in tensors if _has_to_be_unpacked(tensor)]
-        for tensor in self._tensors:
-            check_packing(tensor.dtype)
-        self._starts: list[int] = []
-        end = 0
-        for tensor in self._tensors:
-            self._starts.append(end)
-            end = round_up(end + math.prod(tensor.shape) * _ITEM_BYTES)
+    def __init__(
+        self, tensors: Iterable[PlacedTensor], data: torch.Tensor, scales: Mapping[str, PlacedTensor] | None = None
+    ) -> None:
+        self._data = data
+        self._addresses: list[int] = []  # of the regions
+        self._regions: list[_Region] = []
+        self._views = {}
+        for tensor in tensors:
+            if _has_to_be_unpacked(tensor):
+                run = _run_of(tensor, (scales or {}).get(tensor.name))
+                self._views[tensor.name] = self._reserve(tensor.name, (run,), tensor.shape)
+
+    def _reserve(self, name: str, runs: tuple[Run, ...], shape: Sequence[int]) -> torch.Tensor:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        space = mmap.mmap(-1, max(end, mmap.PAGESIZE), flags=flags, prot=mmap.PROT_READ)
-        self._space = torch.frombuffer(space, dtype=torch.uint8)
+        size_bytes = round_up(math.prod(shape) * _ITEM_BYTES)
+        space = torch.frombuffer(mmap.mmap(-1, size_bytes, flags=flags, prot=mmap.PROT_READ), dtype=torch.uint8)
+        region = _Region(name, runs, space)
+        at = bisect.bisect(self._addresses, space.data_ptr())
+        self._addresses.insert(at, space.data_ptr())
+        self._regions.insert(at, region)
+        return region.tensor(shape)
 
     def views(self) -> dict[str, torch.Tensor]:
         """By name in the checkpoint, of the unpacked shapes."""
-        return {
-            tensor.name: self._space[start : start + math.prod(tensor.shape) * _ITEM_BYTES]
-            .view(DTYPE)
-            .view(tensor.shape)
-            for tensor, start in zip(self._tensors, self._starts, strict=True)
-        }
+        return dict(self._views)
 
     def holds(self, tensor: torch.Tensor) -> bool:
-        at = tensor.data_ptr() - self._space.data_ptr()
-        return 0 <= at < self._space.numel() and tensor.numel() > 0
+        return tensor.numel() > 0 and self._region(tensor) is not None
+
+    def _region(self, tensor: torch.Tensor) -> _Region | None:
+        at = bisect.bisect_right(self._addresses, tensor.data_ptr()) - 1
+        if at < 0 or tensor.data_ptr() >= self._addresses[at] + self._regions[at].space.numel():
+            return None
+        return self._regions[at]
 
     def origin(self, tensor: torch.Tensor) -> Packed:
-        """The packed bytes that a tensor in here stands for. Raises ValueError if it is no run of whole blocks."""
-        at = tensor.data_ptr() - self._space.data_ptr()
-        number = bisect.bisect_right(self._starts, at) - 1
-        whole, first = self._tensors[number], (at - self._starts[number]) // _ITEM_BYTES
-        _, block, block_bytes = BY_NAME[whole.dtype]
-        if not tensor.is_contiguous() or first % block or tensor.numel() % block:
-            raise ValueError(f"{whole.name} is {whole.dtype} and is needed in another order than it is packed in")
-        offset = whole.offset + first // block * block_bytes
-        return Packed(whole.dtype, offset, tensor.numel() // block * block_bytes)
+        """The packed bytes that a tensor in here stands for. Raises ValueError if they are no runs of whole blocks."""
+        region = self._region(tensor)
+        assert region is not None
+        start = (tensor.data_ptr() - region.space.data_ptr()) // _ITEM_BYTES
+        runs = _cut(region, start, start + tensor.numel()) if tensor.is_contiguous() else None
+        if runs is None:
+            packing = region.runs[0].packing
+            raise ValueError(f"{region.name} is {packing} and is needed in another order than it is packed in")
+        return Packed(runs)
+
+    def joined(self, parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
+        """Parts put one behind the other along their first dimension, as one phantom.
+
+        None if one of them is neither here nor in the arena, or not by whole blocks.
+        """
+        runs: list[Run] = []
+        for part in parts:
+            if self.holds(part):
+                try:
+                    runs += self.origin(part).runs
+                except ValueError:
+                    return None
+            elif self._is_plain(part):
+                offset = part.data_ptr() - self._data.data_ptr()
+                runs.append(Run("BF16", offset, part.numel() * _ITEM_BYTES, part.numel()))
+            else:
+                return None
+        shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+        return self._reserve("a tensor put together", tuple(runs), shape)
+
+    def _is_plain(self, tensor: torch.Tensor) -> bool:
+        at = tensor.data_ptr() - self._data.data_ptr()
+        return 0 <= at < self._data.numel() and tensor.dtype is DTYPE and tensor.is_contiguous() and tensor.numel() > 0
+
+    def real(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The numbers that a tensor in here stands for, in memory of its own, of its shape and strides."""
+        region = self._region(tensor)
+        assert region is not None
+        numbers = torch.empty(sum(run.count for run in region.runs), dtype=DTYPE)
+        Packed(region.runs).unpack(lambda offset, size: self._data[offset : offset + size], numbers)
+        start = (tensor.data_ptr() - region.space.data_ptr()) // _ITEM_BYTES
+        end = start + span_bytes(tensor) // _ITEM_BYTES
+        return numbers[start:end].as_strided(tensor.shape, tensor.stride()).to(tensor.dtype)
+
+
+def _run_of(tensor: PlacedTensor, scale: PlacedTensor | None) -> Run:
+    if tensor.dtype not in FP8:
+        check_packing(tensor.dtype)
+    found = None if scale is None else Scale(scale.dtype, scale.offset, math.prod(scale.shape))
+    return Run(tensor.dtype, tensor.offset, tensor.size_bytes, math.prod(tensor.shape), found)
+
+
+def _cut(region: _Region, start: int, end: int) -> tuple[Run, ...] | None:
+    """The runs of numbers `start` to `end` of a region; None if an edge is within a block."""
+    found: list[Run] = []
+    at = 0
+    for run in region.runs:
+        first, last = max(start - at, 0), min(end - at, run.count)
+        at += run.count
+        if first >= last:
+            continue
+        part = _part(run, first, last)
+        if part is None:
+            return None
+        found.append(part)
+    return tuple(found)
+
+
+def _part(run: Run, first: int, last: int) -> Run | None:
+    block, block_bytes = (1, 1) if run.packing in FP8 else BY_NAME[run.packing][1:]
+    if first % block or last % block:
+        return None
+    scale = run.scale
+    if scale is not None and scale.count > 1:
+        width, item_bytes = run.count // scale.count, SCALE_DTYPES[scale.dtype].itemsize
+        if first % width or last % width:
+            return None
+        scale = Scale(scale.dtype, scale.offset + first // width * item_bytes, (last - first) // width)
+    offset = run.offset + first // block * block_bytes
+    return Run(run.packing, offset, (last - first) // block * block_bytes, last - first, scale)

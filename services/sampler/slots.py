@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import torch
 
 from services.sampler.gates import Gate
-from services.sampler.packed import unpack
 from services.sampler.residency import SlotPlan
 from services.sampler.signatures import span_bytes
 
@@ -42,10 +42,9 @@ class Slot:
         """Unpack what came packed, once for all who find it here."""
         if self.is_unpacked or not gate.is_packed:
             return
-        for param, at, view in zip(gate.params, gate.arrivals, self.views(gate), strict=True):
+        for param, view in zip(gate.params, self.views(gate), strict=True):
             if param.packing:
-                raw = self.memory[at : at + param.size_bytes]
-                unpack(raw, param.packing, tuple(view.shape), view.dtype, out=view)
+                param.packing.unpack(functools.partial(gate.arrived, self.memory), view)
         self.is_unpacked = True
 
     def forget(self, gates: set[Gate]) -> None:

@@ -12,7 +12,6 @@ from typing import Protocol
 import torch
 
 from services.sampler.gates import Absent, BoundParam, Gate, arena_bytes
-from services.sampler.packed import unpack
 
 
 class Transfer(Protocol):
@@ -120,5 +119,5 @@ def unpacked(param: BoundParam, data: torch.Tensor) -> torch.Tensor:
     """A param as it is computed with; `data` (uint8) is its whole arena's."""
     if not param.packing:
         return param.view
-    raw = data[param.offset : param.offset + param.size_bytes]
-    return unpack(raw, param.packing, tuple(param.view.shape), param.view.dtype)
+    out = torch.empty(param.view.shape, dtype=param.view.dtype)
+    return param.packing.unpack(lambda offset, size: data[offset : offset + size], out)

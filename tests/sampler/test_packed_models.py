@@ -137,4 +137,4 @@ def test_a_packing_that_nothing_unpacks_is_refused_before_a_picture() -> None:
     """By name, when the component is bound; ggml computes with Q8_K, and keeps no weights in it."""
     tensor = PlacedTensor("blk.0.weight", "Q8_K", (2, 256), 0, 584, 0)
     with pytest.raises(UnsupportedModel, match="packed as Q8_K"):
-        Phantoms([tensor])
+        Phantoms([tensor], torch.zeros(584, dtype=torch.uint8))

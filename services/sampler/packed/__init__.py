@@ -75,15 +75,20 @@ def unpack_fp8(
 ) -> torch.Tensor:
     """As `unpack`, for the fp8 types of safetensors, named as there.
 
-    scale: one number that each is multiplied with in float32, on the CPU or the device of `raw`.
+    scale: what each is multiplied with in float32, on the CPU or the device of `raw`: one number, or one for each row.
     """
     if kind not in FP8:
         raise UnsupportedModel(f"Weights of type {kind} cannot be unpacked; {', '.join(FP8)} can.")
-    if scale is not None and scale.numel() != 1:
-        raise ValueError(f"a scale of {scale.numel()} numbers where one is expected")
+    rows = 1 if scale is None else scale.numel()
+    if rows != 1 and rows != math.prod(shape[:1]):
+        raise ValueError(f"a scale of {rows} numbers where one is expected, or one for each row of {shape}")
+    target = _target(raw, shape, dtype, out)
+    if scale is not None and rows != 1:
+        width, scales = math.prod(shape[1:]), scale.to(raw.device).float().view(rows, 1)
+        unpacker = partial(fp.fp8, kind=FP8[kind])
+        return _unpack(raw, unpacker, Packing(kind, width, width), (rows, width), target, slice_bytes, scales)
     table = fp.fp8_table(FP8[kind], scale, dtype, raw.device)
-    unpacker = partial(looked_up, table)
-    return _unpack(raw, unpacker, Packing(kind, 1, 1), shape, _target(raw, shape, dtype, out), slice_bytes)
+    return _unpack(raw, partial(looked_up, table), Packing(kind, 1, 1), shape, target, slice_bytes)
 
 
 def _target(raw: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, out: torch.Tensor | None) -> torch.Tensor:
@@ -95,9 +100,18 @@ def _target(raw: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, out: 
 
 
 def _unpack(
-    raw: torch.Tensor, unpacker: Unpacker, packing: Packing, shape: tuple[int, ...], out: torch.Tensor, slice_bytes: int
+    raw: torch.Tensor,
+    unpacker: Unpacker,
+    packing: Packing,
+    shape: tuple[int, ...],
+    out: torch.Tensor,
+    slice_bytes: int,
+    scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Unpack slice by slice, so that what is in float32 at a time is bounded, and small enough for caches."""
+    """Unpack slice by slice, so that what is in float32 at a time is bounded, and small enough for caches.
+
+    scales: float32 (blocks, 1), multiplied with what was unpacked.
+    """
     count = block_count(packing, shape)
     if raw.dtype != torch.uint8 or not raw.is_contiguous() or raw.numel() != count * packing.block_bytes:
         expected = f"{count * packing.block_bytes} contiguous bytes are expected for {packing.name} of {shape}"
@@ -109,7 +123,8 @@ def _unpack(
         return out
     step = max(slice_bytes // (packing.block * 4), 1)
     for start in range(0, count, step):
-        numbers[start : start + step].copy_(unpacker(blocks[start : start + step]))
+        part = unpacker(blocks[start : start + step])
+        numbers[start : start + step].copy_(part if scales is None else part.mul_(scales[start : start + step]))
     return out
 
 

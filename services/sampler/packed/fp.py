@@ -29,6 +29,11 @@ def fp8_table(kind: torch.dtype, scale: torch.Tensor | None, dtype: torch.dtype,
     return (numbers if scale is None else numbers * scale.float().reshape(())).to(dtype)
 
 
+def fp8(blocks: Blocks, kind: torch.dtype) -> torch.Tensor:
+    """The numbers of an fp8 type, float32 of the bytes' shape."""
+    return blocks.view(kind).float()
+
+
 def tq1_0(blocks: Blocks) -> torch.Tensor:
     """Five numbers a byte in 48 bytes, four a byte in 4, scale 2. The 48 are ordered as 32 and 16."""
     parts = (_trits(blocks[:, :32], 32, 5), _trits(blocks[:, 32:48], 16, 5), _trits(blocks[:, 48:52], 4, 4))
