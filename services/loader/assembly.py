@@ -6,19 +6,20 @@ them by what its tensors' names and shapes tell, so that a set of files that do 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from services.errors import BadCheckpoint
-from services.loader.entries import ModelEntry
-from services.loader.family import Family, Shape, built_in, families_for, shape_of
+from services.loader.family import Family, Shape, families_for, shape_of
 from services.loader.gguf_tokenizer import check_tokenizer
 from services.params.all_in_one import split
 from services.params.checkpoint import joined, read_checkpoint
 from services.params.recognise import Role
 from services.params.specs import Checkpoint
 
+_KINDS = frozenset({"Qwen2", "CLIP", "T5"})
 _TOKENIZER_FILES = {
     "T5": ("tokenizer.json", "spiece.model"),
     "": ("tokenizer.json", "vocab.json"),
@@ -61,10 +62,8 @@ def _pieces(path: Path) -> Iterator[Piece]:
         yield Piece(path.name, whole, shape)
 
 
-def family_of(entry: ModelEntry, pieces: Sequence[Piece], named: Mapping[str, Checkpoint]) -> tuple[Family, str]:
-    """The built-in family of a model without a folder, and what to tell of the choice. Raises BadCheckpoint."""
-    if entry.family:
-        return built_in(entry.family), ""
+def families_of(pieces: Sequence[Piece], named: Mapping[str, Checkpoint]) -> list[Family]:
+    """The built-in families that a model's denoiser fits, at least one, the usual one first. Raises BadCheckpoint."""
     shapes = [shape_of(named[part]) for part in ("transformer", "unet") if part in named]
     shapes += [piece.shape for piece in pieces if piece.shape.architecture.role is Role.DENOISER]
     if not shapes:
@@ -72,8 +71,7 @@ def family_of(entry: ModelEntry, pieces: Sequence[Piece], named: Mapping[str, Ch
     fitting = families_for(shapes[0])
     if not fitting:
         raise BadCheckpoint(f"no built-in family has {shapes[0]}: name a diffusers folder, which brings the configs")
-    others = ", ".join(family.name for family in fitting[1:])
-    return fitting[0], f"taken for {fitting[0].name}; its files fit {others} too: family says which" if others else ""
+    return fitting
 
 
 def assign(family: Family, pieces: Sequence[Piece]) -> dict[str, Checkpoint]:
@@ -108,36 +106,61 @@ def missing_from(family: Family, checkpoints: Mapping[str, Checkpoint]) -> list[
     return [f"{part} ({shape})" for part, shape in family.wanted.items() if part not in checkpoints]
 
 
-def tokenizers_of(entry: ModelEntry, family: Family, checkpoints: Mapping[str, Checkpoint]) -> list[Tokenizer]:
-    """Where each tokenizer and processor of a family is. Raises BadCheckpoint naming the first that is nowhere."""
+def tokenizers_of(
+    family: Family, checkpoints: Mapping[str, Checkpoint], folders: Mapping[str, Path]
+) -> tuple[list[Tokenizer], list[str]]:
+    """Where each tokenizer and processor of a family is, and what is to be said of those that are nowhere.
+
+    folders: those that the operator names, by part. Raises BadCheckpoint for one that is none of this family's.
+    """
     parts = [part for part in family.parts if part.startswith(("tokenizer", "processor"))]
-    if odd := sorted(entry.tokenizers.keys() - set(parts)):
+    if odd := sorted(folders.keys() - set(parts)):
         raise BadCheckpoint(f"{family.name} has no {odd[0]}; it has {', '.join(parts)}")
-    return [_tokenizer(part, entry, family, checkpoints) for part in parts]
+    found, missing = [], []
+    for part in parts:
+        # A processor is the tokenizer and how pictures are prepared, which the family knows.
+        path = folders.get(part) or (folders.get("tokenizer") if part == "processor" else None)
+        kind = _kind(family.class_of(part))
+        why = _why_not(path, kind) if path else ""
+        if path is None and kind == "Qwen2":
+            path, why = _in_gguf(checkpoints.get("text_encoder"))
+        if path and not why:
+            found.append(Tokenizer(part, path))
+        else:
+            missing.append(f'{part} = "...", the folder of a {kind} tokenizer{why}')
+    return found, missing
 
 
-def _tokenizer(part: str, entry: ModelEntry, family: Family, checkpoints: Mapping[str, Checkpoint]) -> Tokenizer:
-    kind = family.class_of(part).removesuffix("Fast").removesuffix("Tokenizer")
-    # A processor is the tokenizer and how pictures are prepared, which the family knows.
-    named = entry.tokenizers.get(part) or (entry.tokenizers.get("tokenizer") if part == "processor" else None)
-    if named:
-        _check_folder(part, kind, named)
-        return Tokenizer(part, named)
-    why = ""
-    if kind.startswith("Qwen"):
-        for file in checkpoints["text_encoder"].files if "text_encoder" in checkpoints else ():
-            if file.path.suffix == ".gguf" and not why:
-                try:
-                    check_tokenizer(file.path)
-                except BadCheckpoint as error:
-                    why = f" ({error})"
-                else:
-                    return Tokenizer(part, file.path)
-    raise BadCheckpoint(f'{part}: the folder of a {kind} tokenizer is missing{why}: name it, {part} = "..."')
+def _kind(class_name: str) -> str:
+    for ending in ("Fast", "Tokenizer", "VLProcessor"):
+        class_name = class_name.removesuffix(ending)
+    return class_name
 
 
-def _check_folder(part: str, kind: str, folder: Path) -> None:
+def _in_gguf(checkpoint: Checkpoint | None) -> tuple[Path | None, str]:
+    """The file of a text encoder that brings a tokenizer, or why there is none."""
+    path = checkpoint.files[0].path if checkpoint else None
+    if path is None or path.suffix != ".gguf":
+        return None, ""
+    try:
+        check_tokenizer(path)
+    except BadCheckpoint as error:
+        return None, f" ({error})"
+    return path, ""
+
+
+def _why_not(folder: Path, kind: str) -> str:
+    """Why a folder has no tokenizer of this kind; empty if it has one."""
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     wanted = _TOKENIZER_FILES.get(kind, _TOKENIZER_FILES[""])
     if not names.intersection(wanted):
-        raise BadCheckpoint(f"{part}: {folder.name}: no folder of a tokenizer, which has {' or '.join(wanted)}")
+        return f" ({folder.name} has no {' and no '.join(wanted)})"
+    other = _kind(_class_in(folder / "tokenizer_config.json"))
+    return f" ({folder.name} is of a {other} tokenizer)" if other and other != kind and other in _KINDS else ""
+
+
+def _class_in(config: Path) -> str:
+    try:
+        return str(json.loads(config.read_bytes()).get("tokenizer_class", ""))
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return ""

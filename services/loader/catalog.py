@@ -15,16 +15,15 @@ import xxhash
 
 from services.errors import BadCheckpoint
 from services.loader.assembly import (
-    Piece,
     assign,
     check_fits,
-    family_of,
+    families_of,
     missing_from,
     pieces_of,
     tokenizers_of,
 )
 from services.loader.entries import ModelEntry
-from services.loader.family import Family, family_in
+from services.loader.family import Family, built_in, family_in
 from services.loader.weights import WEIGHTS_SUFFIXES, pick_files, read_named
 from services.params.checkpoint import read_checkpoint
 from services.params.header import VERSION
@@ -74,7 +73,7 @@ def _read_folder(entry: ModelEntry, extent_bytes: int) -> ModelSource:
     folder = entry.folder or Path()
     family = family_in(folder, "the folder")
     checkpoints = assign(family, pieces_of(entry.checkpoint))
-    elsewhere = {part: () for part in checkpoints} | dict(entry.files)
+    elsewhere = dict.fromkeys(checkpoints, ()) | dict(entry.files)
     picked = pick_files(folder, family.parts, entry.variant, elsewhere)
     _check_variant(entry.variant, picked.values())
     checkpoints |= _named(entry)
@@ -89,7 +88,8 @@ def _read_folder(entry: ModelEntry, extent_bytes: int) -> ModelSource:
 def _read_files(entry: ModelEntry, extent_bytes: int) -> ModelSource:
     """A model without a folder: the configs are those of a built-in family."""
     named, pieces = _named(entry), pieces_of(entry.checkpoint)
-    family, note = family_of(entry, pieces, named)
+    families = [built_in(entry.family)] if entry.family else families_of(pieces, named)
+    family, others = families[0], [other.name for other in families[1:]]
     if odd := sorted(named.keys() - family.wanted.keys()):
         raise BadCheckpoint(f"{family.name} has no {odd[0][:64]}; it has {', '.join(family.wanted)}")
     checkpoints = assign(family, pieces) | named
@@ -97,13 +97,17 @@ def _read_files(entry: ModelEntry, extent_bytes: int) -> ModelSource:
         check_fits(family, part, checkpoint)
     if missing := missing_from(family, checkpoints):
         raise BadCheckpoint(f"{family.name}: no file for {', '.join(missing)}")
+    tokenizers, absent = tokenizers_of(family, checkpoints, entry.tokenizers)
+    if absent:
+        raise BadCheckpoint(f"{family.name} needs {'; '.join(absent)}")
     small, made = dict(_small_files(family.folder, family.parts)), []
-    for tokenizer in tokenizers_of(entry, family, checkpoints):
+    for tokenizer in tokenizers:
         if tokenizer.path.is_dir():
             theirs = {f"{tokenizer.part}/{path.name}": path for path in tokenizer.path.iterdir() if path.is_file()}
             small |= {inside: path for inside, path in theirs.items() if _is_small(path)}
         else:
             made.append((tokenizer.part, tokenizer.path))
+    note = f"taken for {family.name}; its files fit {', '.join(others)} too: family = ... says which" if others else ""
     return _source(family, checkpoints, small, extent_bytes, tuple(made), note)
 
 

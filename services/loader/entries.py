@@ -83,7 +83,7 @@ def parse_added(text: str) -> ModelEntry:
 
 
 def _added_files(text: str, name: str, items: Sequence[str]) -> ModelEntry:
-    """Items are files, whose components are told by their tensors, or `component=file`, `tokenizer=folder`, `family=x`."""
+    """Items are files whose components their tensors tell, or `component=file`, `tokenizer=folder`, `family=name`."""
     checkpoint: list[Path] = []
     table: dict[str, Any] = {}
     files: dict[str, list[str]] = {}
@@ -121,16 +121,14 @@ def _entry(path: Path, name: str, table: object) -> ModelEntry:
     if not isinstance(pin, bool):
         raise ConfigError(f"{where}: pin is true or false")
     files = _files(f"{where}.files", path.parent, table.get("files", {}))
-    whole = (
-        _files(where, path.parent, {"checkpoint": table["checkpoint"]})["checkpoint"] if "checkpoint" in table else ()
-    )
+    whole = _files(where, path.parent, {key: table[key] for key in table.keys() & {"checkpoint"}})
     return ModelEntry(
         name,
         (path.parent / folder).absolute() if folder is not None else None,
         _word(where, table, "variant"),
         pin,
         files,
-        whole,
+        whole.get("checkpoint", ()),
         _word(where, table, "family"),
         _tokenizers(where, path.parent, table),
     )

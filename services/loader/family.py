@@ -104,7 +104,7 @@ def shape_of(checkpoint: Checkpoint) -> Shape:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Configs of a model. `wanted`: by component, what its files have to be, where the class says; `name` for people."""
+    """Configs of a model. `wanted`: by component, what its files have to be, where the class says."""
 
     name: str
     folder: Path
@@ -149,8 +149,8 @@ def _wanted(class_name: str, path: Path) -> Shape | None:
     name, role, keys = known
     for key, (without, with_it) in _SWITCHES.items():
         name = with_it if name == without and config.get(key) else name
-    numbers = {field: config.get(key) for field, key in keys.items()}
-    return Shape(Architecture(name, role), Dimensions(**{f: n for f, n in numbers.items() if isinstance(n, int)}))
+    numbers: dict[str, Any] = {n: config[key] for n, key in keys.items() if isinstance(config.get(key), int)}
+    return Shape(Architecture(name, role), Dimensions(**numbers))
 
 
 def _config(path: Path) -> dict[str, Any] | None:

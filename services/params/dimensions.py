@@ -22,13 +22,11 @@ class Dimensions:
     guided: bool | None = None
 
     def __str__(self) -> str:
-        known = (
-            self.depth is not None and f"{self.depth} blocks",
-            self.channels is not None and f"{self.channels} channels",
-            self.width is not None and f"width {self.width}",
-            self.guided is not None and ("with guidance" if self.guided else "without guidance"),
-        )
-        return ", ".join(filter(None, known))
+        known = [f"{self.depth} block{'s' if self.depth > 1 else ''}"] if self.depth else []
+        known += [f"{self.channels} channels"] if self.channels is not None else []
+        known += [f"width {self.width}"] if self.width is not None else []
+        known += ["with guidance" if self.guided else "without guidance"] if self.guided is not None else []
+        return ", ".join(known)
 
     def fits(self, wanted: "Dimensions") -> bool:
         """Whether all that `wanted` says is so; what is not known here does not count against it."""
@@ -102,8 +100,8 @@ def measure(tensors: Iterable[TensorSpec], found: Architecture) -> Dimensions:
     )
 
 
-def _count(names: Iterable[str], pattern: str) -> int:
-    return len({match[1] for name in names if (match := re.match(pattern, name))})
+def _count(names: Iterable[str], pattern: str) -> int | None:
+    return len({match[1] for name in names if (match := re.match(pattern, name))}) or None
 
 
 def _second(shapes: Mapping[str, tuple[int, ...]], endings: tuple[str, ...]) -> int | None:

@@ -37,7 +37,7 @@ def test_a_file_is_described_in_a_line_and_a_table(tmp_path: Path) -> None:
 
     assert inspect(path) == (
         0,
-        f"{path}: GGUF, 9 tensors, 25.52 KiB, qwen3 (text encoder), calls itself qwen3\n"
+        f"{path}: GGUF, 9 tensors, 25.52 KiB, qwen3 (text encoder) of 8 blocks, calls itself qwen3\n"
         "  Q8_0         8   25.50 KiB\n"
         "  F32          1        20 B\n",
     )
@@ -55,6 +55,9 @@ def test_json_is_one_document(tmp_path: Path) -> None:
         "format": "safetensors",
         "files": ["a.safetensors"],
         "architecture": {"name": "", "role": "LoRA"},
+        "dimensions": {"depth": None, "channels": None, "width": None, "guided": None},
+        "families": [],
+        "parts": {},
         "stated": "",
         "tensor_count": 2,
         "size_bytes": 8,
@@ -80,7 +83,7 @@ def test_files_that_cannot_be_read_are_told_and_the_others_shown(tmp_path: Path)
     assert lines[1].startswith(f"{pointer}: a git-lfs pointer, not the weights")
     assert lines[2] == f"{missing}: No such file or directory"
     assert lines[3] == f"{long}: File name too long"
-    assert lines[4] == f"{good}: safetensors, 2 tensors, 8 B, T5 (text encoder)"
+    assert lines[4] == f"{good}: safetensors, 2 tensors, 8 B, T5 (text encoder) of 1 block"
     assert inspect_json(pickle)[1][0]["reason"].startswith("a pickle")
 
 

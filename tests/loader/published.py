@@ -1,0 +1,157 @@
+"""Files with the headers of published models and no bytes: the families' own modules on meta, written as sparse files."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import gguf
+import torch
+import transformers
+from gguf.constants import GGMLQuantizationType
+from torch import nn
+
+from services.loader.family import BUILT_IN
+from tests import original_names
+
+Shapes = dict[str, torch.Tensor]  # on meta
+
+
+def index_of(family: str) -> dict[str, Any]:
+    index: dict[str, Any] = json.loads((BUILT_IN / family / "model_index.json").read_text())
+    return index
+
+
+def components_of(family: str) -> list[str]:
+    return sorted(path.parent.name for path in (BUILT_IN / family).glob("*/config.json"))
+
+
+def module_of(family: str, part: str) -> nn.Module:
+    """A component of a family without memory; families that have the same one share it."""
+    library, kind = index_of(family)[part]
+    return _module(library, kind, (BUILT_IN / family / part / "config.json").read_text())
+
+
+@functools.cache
+def _module(library: str, kind: str, config: str) -> nn.Module:
+    with torch.device("meta"):
+        if library == "diffusers":
+            return getattr(diffusers, kind).from_config(json.loads(config)).eval()  # type: ignore[no-any-return]
+        cls = getattr(transformers, kind)
+        return cls(cls.config_class.from_dict(json.loads(config))).eval()  # type: ignore[no-any-return]
+
+
+def _z_image(tensors: Shapes) -> Shapes:
+    """q, k and v in one, and the authors' names."""
+    renames = {
+        "all_final_layer.2-1.": "final_layer.", "all_x_embedder.2-1.": "x_embedder.", ".to_out.0.": ".out.",
+        ".norm_k.": ".k_norm.", ".norm_q.": ".q_norm.",
+    }  # fmt: skip
+    found: Shapes = {}
+    for name, tensor in tensors.items():
+        if ".attention.to_k." in name or ".attention.to_v." in name:
+            continue
+        if ".attention.to_q." in name:
+            name, tensor = name.replace("to_q", "qkv"), torch.cat([tensor] * 3)
+        for new, old in renames.items():
+            name = name.replace(new, old)
+        found[name] = tensor
+    return found
+
+
+def _flux_2(tensors: Shapes) -> Shapes:
+    double = {
+        "attn.norm_q.weight": "img_attn.norm.query_norm.scale", "attn.norm_k.weight": "img_attn.norm.key_norm.scale",
+        "attn.norm_added_q.weight": "txt_attn.norm.query_norm.scale",
+        "attn.norm_added_k.weight": "txt_attn.norm.key_norm.scale", "attn.to_out.0.": "img_attn.proj.",
+        "attn.to_add_out.": "txt_attn.proj.", "ff.linear_in.": "img_mlp.0.", "ff.linear_out.": "img_mlp.2.",
+        "ff_context.linear_in.": "txt_mlp.0.", "ff_context.linear_out.": "txt_mlp.2.",
+        "attn.to_q.": "img_attn.qkv.", "attn.add_q_proj.": "txt_attn.qkv.",
+    }  # fmt: skip
+    single = {
+        "attn.to_qkv_mlp_proj.": "linear1.", "attn.to_out.": "linear2.", "attn.norm_q.weight": "norm.query_norm.scale",
+        "attn.norm_k.weight": "norm.key_norm.scale",
+    }  # fmt: skip
+    rest = {
+        "x_embedder": "img_in", "context_embedder": "txt_in", "proj_out": "final_layer.linear",
+        "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",
+        "time_guidance_embed.timestep_embedder.linear_2": "time_in.out_layer",
+        "norm_out.linear": "final_layer.adaLN_modulation.1", "modulation.linear": "modulation.lin",
+        "modulation_img.linear": "modulation_img.lin", "modulation_txt.linear": "modulation_txt.lin",
+    }  # fmt: skip
+    found: Shapes = {}
+    for name, tensor in tensors.items():
+        if any(part in name for part in ("attn.to_k.", "attn.to_v.", "add_k_proj", "add_v_proj")):
+            continue
+        if "attn.to_q." in name or "add_q_proj" in name:
+            tensor = torch.cat([tensor] * 3)
+        is_single = name.startswith("single_transformer_blocks.")
+        table = single if is_single else double if name.startswith("transformer_blocks.") else rest
+        old = next(old for old in table if old in name)
+        blocks = "single_blocks." if is_single else "double_blocks."
+        name = name.replace("single_transformer_blocks.", blocks).replace("transformer_blocks.", blocks)
+        found[name.replace(old, table[old])] = tensor
+    return found
+
+
+# By class: the layout in which the authors' files circulate.
+ORIGINAL: dict[str, Callable[[Shapes], Shapes]] = {
+    "ZImageTransformer2DModel": _z_image,
+    "FluxTransformer2DModel": original_names.flux,
+    "Flux2Transformer2DModel": _flux_2,
+    "SD3Transformer2DModel": original_names.sd3,
+    "UNet2DConditionModel": original_names.unet,
+    "AutoencoderKL": original_names.vae,
+}
+
+
+def original(module: nn.Module) -> Shapes:
+    """A module's tensors in its authors' layout, where that is another one."""
+    tensors = dict(module.state_dict())
+    layout = ORIGINAL.get(type(module).__name__)
+    return layout(tensors) if layout else tensors
+
+
+def write_sparse(path: Path, tensors: Mapping[str, Iterable[int]] | Shapes, prefix: str = "") -> Path:
+    """A safetensors file of so many halves, whose bytes are a hole."""
+    at, header = 0, {}
+    for name, tensor in tensors.items():
+        shape = list(tensor.shape if isinstance(tensor, torch.Tensor) else tensor)
+        size = 2 * int(torch.Size(shape).numel())
+        header[prefix + name] = {"dtype": "F16", "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + at)
+    return path
+
+
+def write_component(path: Path, family: str, part: str) -> Path:
+    return write_sparse(path, original(module_of(family, part)))
+
+
+def write_files(root: Path, family: str) -> list[Path]:
+    """All components of a family, each in a file of its own that is named after it."""
+    return [write_component(root / f"{part}.safetensors", family, part) for part in components_of(family)]
+
+
+def write_llama(path: Path, width: int, depth: int, words: Callable[[gguf.GGUFWriter], None] | None = None) -> Path:
+    """The GGUF file of a Qwen3 of such a size, or of what tells its size; `words` adds a tokenizer."""
+    writer = gguf.GGUFWriter(path, "qwen3")
+    if words:
+        words(writer)
+    kind = GGMLQuantizationType.F16
+    shapes = {"token_embd.weight": (8, width), **{f"blk.{n}.attn_norm.weight": (width,) for n in range(depth)}}
+    for name, shape in shapes.items():
+        writer.add_tensor(name, torch.zeros(shape, dtype=torch.float16).numpy(), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
