@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,12 @@ from transformers.utils.output_capturing import maybe_install_capturing_hooks
 from services.errors import BadCheckpoint, UnsupportedModel
 from services.params.arena import AttachedArena
 from services.params.layout import PlacedTensor
-from services.sampler.gates import BoundParam, arena_bytes
 from services.sampler.conversion import Conversion
+from services.sampler.gates import BoundParam, arena_bytes
+from services.sampler.llama_names import is_llama
 from services.sampler.names import of_diffusers, of_transformers
-from services.sampler.phantoms import Phantoms, is_packed, told_apart
+from services.sampler.phantoms import DTYPE as PACKED_DTYPE
+from services.sampler.phantoms import PLAIN, Phantoms, is_packed, told_apart, unlike
 from services.sampler.signatures import span_bytes
 
 DTYPES = {
@@ -121,14 +124,10 @@ def bind(name: str, entry: tuple[str, str], config: Path, arena: AttachedArena) 
     cls = component_class(*entry)
     params, scales = told_apart(arena.tensors)
     data = arena_bytes(arena)
-    phantoms = Phantoms(params, data, scales) if is_packed(params) else None
+    dtype = dtype_of(params)
+    phantoms = phantoms_of(cls, params, scales, data, dtype)
     views = views_of(params, data, phantoms)
     conversion = Conversion(data, phantoms)
-    floats = Counter[torch.dtype]()
-    for view in views.values():
-        if view.is_floating_point():
-            floats[view.dtype] += view.numel()
-    dtype = floats.most_common(1)[0][0] if floats else torch.float32
     build = bind_transformers if issubclass(cls, transformers.PreTrainedModel) else bind_diffusers
     try:
         module, reasons = build(cls, config, views, dtype, conversion)
@@ -169,6 +168,43 @@ def component_class(library: str, class_name: str) -> type[nn.Module]:
         if isinstance(found, type) and issubclass(found, nn.Module):
             return found
     raise UnsupportedModel(f"neither diffusers nor transformers has the class {class_name}")
+
+
+def dtype_of(params: Sequence[PlacedTensor]) -> torch.dtype:
+    """What a component is computed with: bf16 if it is packed or llama.cpp's, else what most of its numbers are."""
+    if is_packed(params) or is_llama(param.name for param in params):
+        return PACKED_DTYPE
+    floats = Counter[torch.dtype]()
+    for param in params:
+        dtype = DTYPES.get(param.dtype)
+        if dtype is not None and dtype.is_floating_point:
+            floats[dtype] += math.prod(param.shape)
+    return floats.most_common(1)[0][0] if floats else torch.float32
+
+
+def phantoms_of(
+    cls: Any, params: Sequence[PlacedTensor], scales: Mapping[str, PlacedTensor], data: torch.Tensor, dtype: torch.dtype
+) -> Phantoms | None:
+    """Stands for params that are not what they are computed with; None if there are none of them.
+
+    A model that keeps some of its modules in float32 is not packed for that: what the file has of them in float32 stays
+    as it is, and what it has in halves becomes float32 on arrival.
+    """
+    others, dtypes = unlike(params, dtype), {}
+    if not is_packed(params) and dtype in (torch.float16, torch.bfloat16):
+        is_kept = kept_in_float32(cls, dtype)
+        others = [param for param in others if not is_kept(param.name)]
+        halves = [param for param in params if PLAIN.get(param.dtype) is dtype and is_kept(param.name)]
+        dtypes = {param.name: torch.float32 for param in halves}
+        others += halves
+    return Phantoms(others, data, scales, dtype, dtypes) if others else None
+
+
+def kept_in_float32(cls: Any, dtype: torch.dtype) -> Callable[[str], bool]:
+    """Whether a library keeps a tensor of this name in float32 when the model is of this dtype."""
+    is_theirs = issubclass(cls, transformers.PreTrainedModel) and dtype is not torch.float16
+    kept = set() if is_theirs else set(getattr(cls, "_keep_in_fp32_modules", None) or ())
+    return lambda name: bool(kept.intersection(name.split(".")))
 
 
 def views_of(
@@ -253,7 +289,10 @@ def refuse_meta(name: str, module: nn.Module) -> None:
 
 
 def sort_tensors(
-    module: nn.Module, arena: AttachedArena, reason: Callable[[str, torch.Tensor], str], phantoms: Phantoms | None = None
+    module: nn.Module,
+    arena: AttachedArena,
+    reason: Callable[[str, torch.Tensor], str],
+    phantoms: Phantoms | None = None,
 ) -> tuple[list[BoundParam], list[Outside]]:
     """Tell tensors with bytes in the arena from those outside; buffers that the code itself makes are not params."""
     data = arena_bytes(arena)

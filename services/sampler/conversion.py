@@ -19,11 +19,11 @@ from services.sampler.phantoms import Phantoms
 _aten = torch.ops.aten
 
 
-class Conversion(TorchDispatchMode):
+class Conversion(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """While it is open, tensors of `data` (an arena's bytes) and phantoms may be converted. Nothing may be written."""
 
     def __init__(self, data: torch.Tensor, phantoms: Phantoms | None = None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._data = data
         self._phantoms = phantoms
         self._computed: dict[int, tuple[str, torch.Tensor]] = {}  # by the address of the memory
@@ -47,7 +47,8 @@ class Conversion(TorchDispatchMode):
     def _moved(self, func: Any, args: tuple[Any, ...]) -> torch.Tensor | None:
         """The result of a mere copy, without one."""
         if func is _aten.clone.default and args[0].is_contiguous() and self._is_ours(args[0]):
-            return _aten.alias(args[0])
+            whole: torch.Tensor = _aten.alias(args[0])
+            return whole
         if func is _aten.cat.default:
             along = args[1] if len(args) > 1 else 0
             parts = [part for part in args[0] if part.numel()]

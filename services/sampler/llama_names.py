@@ -7,7 +7,7 @@ Source: conversion of Qwen2VLModel, Qwen2VLVisionModel, Qwen3Model and T5Encoder
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import gguf
@@ -27,7 +27,7 @@ _ARCHITECTURES = {
 _PREFIXES = ("blk.", "enc.blk.", "token_embd.", "v.blk.")
 
 
-def is_llama(names: Mapping[str, object]) -> bool:
+def is_llama(names: Iterable[str]) -> bool:
     return any(name.startswith(_PREFIXES) for name in names)
 
 
@@ -41,7 +41,8 @@ def of_llama(views: Views, wanted: Mapping[str, object], config: Any) -> Views:
     text = gguf.get_tensor_name_map(_ARCHITECTURES[config.model_type], config.get_text_config().num_hidden_layers)
     tables = [text]
     if vision := getattr(config, "vision_config", None):
-        tables.append(gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, vision.depth))
+        # Its projection is numbered too, by the layers of a list with activations in it.
+        tables.append(gguf.get_tensor_name_map(gguf.MODEL_ARCH.MMPROJ, max(vision.depth, 3)))
     found: Views = {}
     for own in wanted:
         tensors = (_tensor(views, table, name) for name in _spellings(own) for table in tables)
@@ -66,6 +67,6 @@ def _tensor(views: Views, table: gguf.TensorNameMap, name: str) -> torch.Tensor 
         second = views.get(f"{table.get_name(base)}.{suffix}.1")
         return whole if second is None else torch.stack([whole, second], 2)
     if base.endswith(".qkv"):
-        parts = [views.get(f"{table.get_name(base.removesuffix('qkv') + part)}.{suffix}") for part in "qkv"]
-        return torch.cat(parts) if all(part is not None for part in parts) else None
+        names = [f"{table.get_name(base.removesuffix('qkv') + part)}.{suffix}" for part in "qkv"]
+        return torch.cat([views[name] for name in names]) if all(name in views for name in names) else None
     return None

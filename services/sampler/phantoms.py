@@ -25,7 +25,7 @@ from services.sampler.signatures import span_bytes
 
 # What packed params are computed with.
 DTYPE = torch.bfloat16
-_ITEM_BYTES = DTYPE.itemsize
+PLAIN = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 # Beside fp8 weights, by what stands behind the module's name. Scales of activations are for products in fp8.
 _SCALES = ("scale_weight", "weight_scale")
 _NOT_NEEDED = ("scale_input", "input_scale", "comfy_quant")
@@ -34,17 +34,16 @@ _MARKS = ("scaled_fp8",)
 
 def is_packed(tensors: Iterable[PlacedTensor]) -> bool:
     """Whether a component has numbers that nothing here computes with as they are."""
-    return any(_is_in_blocks(tensor) or tensor.dtype in FP8 for tensor in tensors)
+    return any(map(_is_packed, tensors))
 
 
-def _is_in_blocks(tensor: PlacedTensor) -> bool:
-    return tensor.dtype in BY_NAME and BY_NAME[tensor.dtype].block > 1
+def _is_packed(tensor: PlacedTensor) -> bool:
+    return tensor.dtype in FP8 or (tensor.dtype in BY_NAME and BY_NAME[tensor.dtype].block > 1)
 
 
-def _has_to_be_unpacked(tensor: PlacedTensor) -> bool:
-    """Blocks, fp8, and floats of another kind: a matrix product wants one dtype."""
-    is_other = _is_in_blocks(tensor) or tensor.dtype in FP8 or tensor.dtype in ("F32", "F16")
-    return is_other and math.prod(tensor.shape) > 0
+def unlike(tensors: Iterable[PlacedTensor], dtype: torch.dtype) -> list[PlacedTensor]:
+    """What has to be unpacked to be `dtype`: packed numbers, and floats of other kinds."""
+    return [t for t in tensors if math.prod(t.shape) and (_is_packed(t) or PLAIN.get(t.dtype, dtype) is not dtype)]
 
 
 def told_apart(tensors: Iterable[PlacedTensor]) -> tuple[list[PlacedTensor], dict[str, PlacedTensor]]:
@@ -75,7 +74,9 @@ def _is_fp8(tensor: PlacedTensor | None) -> bool:
 def _check_scale(weight: PlacedTensor, scale: PlacedTensor) -> None:
     count = math.prod(scale.shape)
     if not _is_fp8(weight):
-        raise UnsupportedModel(f"{weight.name} is {weight.dtype} and has a scale; only fp8 weights with one are unpacked")
+        raise UnsupportedModel(
+            f"{weight.name} is {weight.dtype} and has a scale; only fp8 weights with one are unpacked"
+        )
     if scale.dtype not in SCALE_DTYPES or count not in (1, weight.shape[0]):
         raise UnsupportedModel(
             f"{weight.name} has a scale of {count} {scale.dtype} numbers; one is expected, or one for each row"
@@ -89,35 +90,46 @@ class _Region:
     name: str
     runs: tuple[Run, ...]
     space: torch.Tensor
+    dtype: torch.dtype
 
     def tensor(self, shape: Sequence[int]) -> torch.Tensor:
-        return self.space.view(DTYPE)[: math.prod(shape)].view(shape)
+        return self.space.view(self.dtype)[: math.prod(shape)].view(shape)
+
+    def place(self, tensor: torch.Tensor) -> int:
+        """Of its first number in here."""
+        return (tensor.data_ptr() - self.space.data_ptr()) // self.dtype.itemsize
 
 
 class Phantoms:
     """Tensors of a component that have to be unpacked, as others see them. Nothing may be read from them: all zeros.
 
-    data: the arena's (uint8), for what has to be computed; tensors that it holds as they are stay views of it. scales:
-    by the name of the fp8 param that each belongs to. Raises UnsupportedModel for a packing that nothing here unpacks.
+    data: the arena's (uint8), for what has to be computed; scales: by the name of the fp8 param that each belongs to;
+    dtype: what is computed with, but for those that `dtypes` has by name. Raises UnsupportedModel for a packing that
+    nothing here unpacks.
     """
 
     def __init__(
-        self, tensors: Iterable[PlacedTensor], data: torch.Tensor, scales: Mapping[str, PlacedTensor] | None = None
+        self,
+        tensors: Iterable[PlacedTensor],
+        data: torch.Tensor,
+        scales: Mapping[str, PlacedTensor],
+        dtype: torch.dtype = DTYPE,
+        dtypes: Mapping[str, torch.dtype] | None = None,
     ) -> None:
         self._data = data
         self._addresses: list[int] = []  # of the regions
         self._regions: list[_Region] = []
         self._views = {}
         for tensor in tensors:
-            if _has_to_be_unpacked(tensor):
-                run = _run_of(tensor, (scales or {}).get(tensor.name))
-                self._views[tensor.name] = self._reserve(tensor.name, (run,), tensor.shape)
+            runs = (_run_of(tensor, scales.get(tensor.name)),)
+            wanted = (dtypes or {}).get(tensor.name, dtype)
+            self._views[tensor.name] = self._reserve(tensor.name, runs, tensor.shape, wanted)
 
-    def _reserve(self, name: str, runs: tuple[Run, ...], shape: Sequence[int]) -> torch.Tensor:
+    def _reserve(self, name: str, runs: tuple[Run, ...], shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-        size_bytes = round_up(math.prod(shape) * _ITEM_BYTES)
+        size_bytes = round_up(math.prod(shape) * dtype.itemsize)
         space = torch.frombuffer(mmap.mmap(-1, size_bytes, flags=flags, prot=mmap.PROT_READ), dtype=torch.uint8)
-        region = _Region(name, runs, space)
+        region = _Region(name, runs, space, dtype)
         at = bisect.bisect(self._addresses, space.data_ptr())
         self._addresses.insert(at, space.data_ptr())
         self._regions.insert(at, region)
@@ -140,7 +152,7 @@ class Phantoms:
         """The packed bytes that a tensor in here stands for. Raises ValueError if they are no runs of whole blocks."""
         region = self._region(tensor)
         assert region is not None
-        start = (tensor.data_ptr() - region.space.data_ptr()) // _ITEM_BYTES
+        start = region.place(tensor)
         runs = _cut(region, start, start + tensor.numel()) if tensor.is_contiguous() else None
         if runs is None:
             packing = region.runs[0].packing
@@ -153,7 +165,10 @@ class Phantoms:
         None if one of them is neither here nor in the arena, or not by whole blocks.
         """
         runs: list[Run] = []
+        dtype = parts[0].dtype
         for part in parts:
+            if part.dtype is not dtype:
+                return None
             if self.holds(part):
                 try:
                     runs += self.origin(part).runs
@@ -161,24 +176,26 @@ class Phantoms:
                     return None
             elif self._is_plain(part):
                 offset = part.data_ptr() - self._data.data_ptr()
-                runs.append(Run("BF16", offset, part.numel() * _ITEM_BYTES, part.numel()))
+                packing = next(name for name, plain in PLAIN.items() if plain is dtype)
+                runs.append(Run(packing, offset, part.nbytes, part.numel()))
             else:
                 return None
         shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-        return self._reserve("a tensor put together", tuple(runs), shape)
+        return self._reserve("a tensor put together", tuple(runs), shape, dtype)
 
     def _is_plain(self, tensor: torch.Tensor) -> bool:
         at = tensor.data_ptr() - self._data.data_ptr()
-        return 0 <= at < self._data.numel() and tensor.dtype is DTYPE and tensor.is_contiguous() and tensor.numel() > 0
+        in_it = 0 <= at < self._data.numel() and tensor.numel() > 0
+        return in_it and tensor.dtype in PLAIN.values() and tensor.is_contiguous()
 
     def real(self, tensor: torch.Tensor) -> torch.Tensor:
         """The numbers that a tensor in here stands for, in memory of its own, of its shape and strides."""
         region = self._region(tensor)
         assert region is not None
-        numbers = torch.empty(sum(run.count for run in region.runs), dtype=DTYPE)
+        numbers = torch.empty(sum(run.count for run in region.runs), dtype=region.dtype)
         Packed(region.runs).unpack(lambda offset, size: self._data[offset : offset + size], numbers)
-        start = (tensor.data_ptr() - region.space.data_ptr()) // _ITEM_BYTES
-        end = start + span_bytes(tensor) // _ITEM_BYTES
+        start = region.place(tensor)
+        end = start + span_bytes(tensor) // region.dtype.itemsize
         return numbers[start:end].as_strided(tensor.shape, tensor.stride()).to(tensor.dtype)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import gguf
@@ -64,3 +65,27 @@ def check(raw: np.ndarray, packing: str, shape: tuple[int, ...], **more: Any) ->
     theirs = reference(tensor, packing, shape)
     assert_same(unpack(tensor, packing, shape, torch.float32, **more), theirs)
     assert_same(unpack(tensor, packing, shape, **more), theirs.to(torch.bfloat16))
+
+
+def packed_as(name: str, tensor: torch.Tensor, kind: GGMLQuantizationType) -> GGMLQuantizationType:
+    """The type that a converter would choose: blocks for matrices whose rows hold whole ones, F32 for vectors."""
+    block = gguf.GGML_QUANT_SIZES[kind][0]
+    if tensor.ndim < 2:
+        return GGMLQuantizationType.F32
+    return kind if tensor.shape[-1] % block == 0 else GGMLQuantizationType.F16
+
+
+def write_gguf(path: Path, tensors: dict[str, torch.Tensor], kind: GGMLQuantizationType) -> dict[str, torch.Tensor]:
+    """Write a file; returns what its numbers are when unpacked, in bf16."""
+    writer = gguf.GGUFWriter(path, "z_image")
+    unpacked = {}
+    for name, tensor in tensors.items():
+        chosen = packed_as(name, tensor, kind)
+        raw = gguf.quants.quantize(tensor.float().numpy(), chosen)
+        writer.add_tensor(name, raw, raw_dtype=chosen)
+        unpacked[name] = torch.from_numpy(gguf.quants.dequantize(raw, chosen).astype(np.float32)).bfloat16()
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return unpacked

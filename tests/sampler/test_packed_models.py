@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 import torch
@@ -16,35 +15,12 @@ from safetensors.torch import load_file, save_file
 from services.errors import UnsupportedModel
 from services.params.layout import PlacedTensor
 from services.sampler.phantoms import Phantoms
+from tests.sampler.packings import write_gguf
 from tests.sampler.support import pixels, plain_picture, plain_pipeline, served
 from tests.stack import Stack, running
 from tests.tiny_models import write_folder
 
 SIZE, STEPS, SEED, PROMPT = (64, 64), 3, 7, "a red fox"
-
-
-def packed_as(name: str, tensor: torch.Tensor, kind: Kind) -> Kind:
-    """The type that a converter would choose: blocks for matrices whose rows hold whole ones, F32 for vectors."""
-    block = gguf.GGML_QUANT_SIZES[kind][0]
-    if tensor.ndim < 2:
-        return Kind.F32
-    return kind if tensor.shape[-1] % block == 0 else Kind.F16
-
-
-def write_gguf(path: Path, tensors: dict[str, torch.Tensor], kind: Kind) -> dict[str, torch.Tensor]:
-    """Write a file; returns what its numbers are when unpacked, in bf16."""
-    writer = gguf.GGUFWriter(path, "z_image")
-    unpacked = {}
-    for name, tensor in tensors.items():
-        chosen = packed_as(name, tensor, kind)
-        raw = gguf.quants.quantize(tensor.float().numpy(), chosen)
-        writer.add_tensor(name, raw, raw_dtype=chosen)
-        unpacked[name] = torch.from_numpy(gguf.quants.dequantize(raw, chosen).astype(np.float32)).bfloat16()
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return unpacked
 
 
 def circulating(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -137,4 +113,4 @@ def test_a_packing_that_nothing_unpacks_is_refused_before_a_picture() -> None:
     """By name, when the component is bound; ggml computes with Q8_K, and keeps no weights in it."""
     tensor = PlacedTensor("blk.0.weight", "Q8_K", (2, 256), 0, 584, 0)
     with pytest.raises(UnsupportedModel, match="packed as Q8_K"):
-        Phantoms([tensor], torch.zeros(584, dtype=torch.uint8))
+        Phantoms([tensor], torch.zeros(584, dtype=torch.uint8), {})
