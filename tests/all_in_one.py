@@ -90,7 +90,9 @@ def prefixed(prefix: str, tensors: Tensors) -> Tensors:
 
 def whole(pipeline: DiffusionPipeline) -> Tensors:
     """All components by their authors' names, and what such files have beside them."""
-    words = {f"text_model.{name.removeprefix('text_model.')}": t for name, t in pipeline.text_encoder.state_dict().items()}
+    words = {
+        f"text_model.{name.removeprefix('text_model.')}": t for name, t in pipeline.text_encoder.state_dict().items()
+    }
     is_xl = hasattr(pipeline, "text_encoder_2")
     found = {
         **prefixed("model.diffusion_model.", original_names.unet(pipeline.unet.state_dict())),

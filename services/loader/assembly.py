@@ -19,6 +19,8 @@ from services.params.checkpoint import joined, read_checkpoint
 from services.params.recognise import Role
 from services.params.specs import Checkpoint
 
+# A denoiser first, for if it does not fit nothing will; what adds to a text encoder behind it.
+_ORDER = {Role.DENOISER: 0, Role.VISION_TOWER: 2}
 _KINDS = frozenset({"Qwen2", "CLIP", "T5"})
 _TOKENIZER_FILES = {
     "T5": ("tokenizer.json", "spiece.model"),
@@ -77,7 +79,7 @@ def families_of(pieces: Sequence[Piece], named: Mapping[str, Checkpoint]) -> lis
 def assign(family: Family, pieces: Sequence[Piece]) -> dict[str, Checkpoint]:
     """The checkpoint of each component that pieces are told to be. Raises BadCheckpoint for a piece that is none."""
     found: dict[str, list[Checkpoint]] = {}
-    for piece in pieces:
+    for piece in sorted(pieces, key=lambda piece: _ORDER.get(piece.shape.architecture.role, 1)):
         part = _part_for(family, piece, found)
         if part is None:
             wanted = "; ".join(f"{name}: {shape}" for name, shape in family.wanted.items())

@@ -1,4 +1,4 @@
-"""Files with the headers of published models and no bytes: the families' own modules on meta, written as sparse files."""
+"""Files with the headers of published models and no bytes: families' modules on meta, written as sparse files."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ import transformers
 from gguf.constants import GGMLQuantizationType
 from torch import nn
 
+from services.loader.arenas import ArenaDir
+from services.loader.catalog import ModelSource
 from services.loader.family import BUILT_IN
 from tests import original_names
+from tests.tiny_models import clip_tokenizer, qwen_tokenizer, t5_tokenizer
 
 Shapes = dict[str, torch.Tensor]  # on meta
+EXTENT = 1 << 26
 
 
 def index_of(family: str) -> dict[str, Any]:
@@ -136,14 +140,59 @@ def write_component(path: Path, family: str, part: str) -> Path:
     return write_sparse(path, original(module_of(family, part)))
 
 
-def write_files(root: Path, family: str) -> list[Path]:
+def write_files(root: Path, family: str) -> dict[str, Path]:
     """All components of a family, each in a file of its own that is named after it."""
-    return [write_component(root / f"{part}.safetensors", family, part) for part in components_of(family)]
+    return {part: write_component(root / f"{part}.safetensors", family, part) for part in components_of(family)}
 
 
-def write_llama(path: Path, width: int, depth: int, words: Callable[[gguf.GGUFWriter], None] | None = None) -> Path:
-    """The GGUF file of a Qwen3 of such a size, or of what tells its size; `words` adds a tokenizer."""
-    writer = gguf.GGUFWriter(path, "qwen3")
+def write_tokenizers(root: Path) -> dict[str, Path]:
+    """A folder with a small tokenizer of each kind."""
+    made = {"Qwen2": qwen_tokenizer(), "CLIP": clip_tokenizer(), "T5": t5_tokenizer()}
+    for kind, tokenizer in made.items():
+        tokenizer.save_pretrained(root / kind)
+    return {kind: root / kind for kind in made}
+
+
+# By family, the prefixes of its components in one file: the authors', or those that ComfyUI writes.
+COMFY = {"transformer": "model.diffusion_model.", "vae": "vae.", "text_encoder": "text_encoders.clip_l.transformer."}
+PREFIXES = {
+    "sd1.5": {
+        "unet": "model.diffusion_model.",
+        "vae": "first_stage_model.",
+        "text_encoder": "cond_stage_model.transformer.",
+    },
+    "sdxl": {
+        "unet": "model.diffusion_model.",
+        "vae": "first_stage_model.",
+        "text_encoder": "conditioner.embedders.0.transformer.",
+        "text_encoder_2": "conditioner.embedders.1.model.",
+    },
+    "flux.1-dev": {**COMFY, "text_encoder_2": "text_encoders.t5xxl.transformer."},
+    "sd3.5-medium": {
+        **COMFY,
+        "text_encoder_2": "text_encoders.clip_g.transformer.",
+        "text_encoder_3": "text_encoders.t5xxl.transformer.",
+    },
+}
+
+
+def write_whole(path: Path, family: str) -> Path:
+    """All components of a family in one file, and an average that is none of them."""
+    tensors = {"model_ema.decay": torch.zeros(1000, device="meta")}
+    for part, prefix in PREFIXES[family].items():
+        tensors |= {prefix + name: tensor for name, tensor in original(module_of(family, part)).items()}
+    return write_sparse(path, tensors)
+
+
+def write_llama(
+    path: Path,
+    width: int,
+    depth: int,
+    words: Callable[[gguf.GGUFWriter], None] | None = None,
+    architecture: str = "qwen3",
+) -> Path:
+    """A GGUF file with what tells the size of a language model; `words` adds a tokenizer."""
+    writer = gguf.GGUFWriter(path, architecture)
     if words:
         words(writer)
     kind = GGMLQuantizationType.F16
@@ -155,3 +204,9 @@ def write_llama(path: Path, width: int, depth: int, words: Callable[[gguf.GGUFWr
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def published(source: ModelSource, root: Path) -> Path:
+    """The config folder that samplers get."""
+    arenas = ArenaDir.open(root / "arenas", allow_disk=True, placement=None)
+    return arenas.path / arenas.publish_config("m", source)
