@@ -15,6 +15,7 @@ import xxhash
 
 from services.errors import BadCheckpoint
 from services.loader.assembly import (
+    Tokenizer,
     assign,
     check_fits,
     families_of,
@@ -103,12 +104,19 @@ def _read_files(entry: ModelEntry, extent_bytes: int) -> ModelSource:
     small, made = dict(_small_files(family.folder, family.parts)), []
     for tokenizer in tokenizers:
         if tokenizer.path.is_dir():
-            theirs = {f"{tokenizer.part}/{path.name}": path for path in tokenizer.path.iterdir() if path.is_file()}
-            small |= {inside: path for inside, path in theirs.items() if _is_small(path)}
+            small |= _tokenizer_files(tokenizer)
         else:
             made.append((tokenizer.part, tokenizer.path))
     note = f"taken for {family.name}; its files fit {', '.join(others)} too: family = ... says which" if others else ""
     return _source(family, checkpoints, small, extent_bytes, tuple(made), note)
+
+
+def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, Path]:
+    """The files of a tokenizer's folder, by their paths inside the model."""
+    paths = [path for path in tokenizer.path.iterdir() if path.is_file() and _is_small(path)]
+    if len(paths) > MAX_SMALL_FILES:
+        raise BadCheckpoint(f"{tokenizer.part}: more than {MAX_SMALL_FILES} small files in its folder")
+    return {f"{tokenizer.part}/{path.name}": path for path in paths}
 
 
 def _named(entry: ModelEntry) -> dict[str, Checkpoint]:

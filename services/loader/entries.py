@@ -118,6 +118,8 @@ def _entry(path: Path, name: str, table: object) -> ModelEntry:
         raise ConfigError(f'{where} needs folder = "..."')
     if folder is not None and (odd := sorted(keys | (table.keys() & {"family"}))):
         raise ConfigError(f"{where}: {odd[0]} is for a model without a folder, whose own is used")
+    if folder is None and "variant" in table:
+        raise ConfigError(f"{where}: variant picks files of a folder, and there is none")
     if not isinstance(pin, bool):
         raise ConfigError(f"{where}: pin is true or false")
     files = _files(f"{where}.files", path.parent, table.get("files", {}))

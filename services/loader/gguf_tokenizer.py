@@ -17,7 +17,6 @@ _WORDS, _MERGES, _TYPES = "tokenizer.ggml.tokens", "tokenizer.ggml.merges", "tok
 # The splits of text that are Qwen2Tokenizer's.
 _SPLITS = frozenset({"qwen2"})
 _CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5
-_MAX_WORD_ID = 1 << 20
 _NAMES = {"eos_token": "eos", "pad_token": "padding", "bos_token": "bos"}
 
 
@@ -38,6 +37,8 @@ def tokenizer_files(path: Path) -> dict[str, bytes]:
     if not words or len(words) != len(types) or not all(isinstance(text, str) for text in (*words, *merges)):
         raise BadCheckpoint(f"{path.name}: its tokenizer is not whole")
     used = {str(word): number for number, word in enumerate(words) if types[number] != _UNUSED}
+    if len(used) != len(words) - types.count(_UNUSED):
+        raise BadCheckpoint(f"{path.name}: its tokenizer has a word twice")
     added = {
         str(number): _added(str(words[number]), kind == _CONTROL)
         for number, kind in enumerate(types)

@@ -205,6 +205,8 @@ def _array(cursor: _Cursor, key: str, start: int) -> list[Value]:
     """The items of an array that was passed, and so is within its limits; `start` is where its kind stands."""
     end, cursor.at = cursor.at, start
     kind, count = int(cursor.number("<I")), int(cursor.number("<Q"))
+    if count > MAX_WORDS:
+        raise cursor.bad(f"items of metadata {key}: {count} where {MAX_WORDS} are the limit")
     if kind == TEXT:
         items: list[Value] = [cursor.text(f"a word of metadata {key}", MAX_TEXT_BYTES) for _ in range(count)]
     else:

@@ -18,6 +18,8 @@ from services.sampler.llama_names import is_llama, of_llama
 
 Views = dict[str, torch.Tensor]
 
+# A class whose files have the names of another's, which diffusers knows: Qwen-Image's VAE is Wan's.
+_SAME_NAMES = {"AutoencoderKLQwenImage": "AutoencoderKLWan"}
 _OPEN_CLIP_LAYERS = "transformer.resblocks."
 # A name's last parts that tell one tensor of a model from the others, more or less.
 _TELLING_PARTS = 3
@@ -30,7 +32,7 @@ def of_diffusers(cls: Any, views: Views, wanted: Mapping[str, object], config: M
     names are its authors' own.
     """
     renamed = without_prefixes(views, wanted)
-    known = SINGLE_FILE_LOADABLE_CLASSES.get(cls.__name__)
+    known = SINGLE_FILE_LOADABLE_CLASSES.get(_SAME_NAMES.get(cls.__name__, cls.__name__))
     if known is None or wanted.keys() <= renamed.keys():
         return renamed
     convert = known["checkpoint_mapping_fn"]

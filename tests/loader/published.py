@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,26 @@ def _flux_2(tensors: Shapes) -> Shapes:
     return found
 
 
+def _wan_vae(tensors: Shapes) -> Shapes:
+    """Qwen-Image's VAE as Wan's authors name it: flat lists of levels, layers by number."""
+    renames = {
+        ".norm1.": ".residual.0.", ".conv1.": ".residual.2.", ".norm2.": ".residual.3.", ".conv2.": ".residual.6.",
+        ".conv_shortcut.": ".shortcut.", "encoder.down_blocks.": "encoder.downsamples.", ".conv_in.": ".conv1.",
+        ".mid_block.resnets.0.": ".middle.0.", ".mid_block.attentions.0.": ".middle.1.",
+        ".mid_block.resnets.1.": ".middle.2.", ".norm_out.": ".head.0.", ".conv_out.": ".head.2.",
+    }  # fmt: skip
+    found: Shapes = {}
+    for name, tensor in tensors.items():
+        if up := re.match(r"decoder\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.", name):
+            level, index = int(up[1]), 3 if up[2] == "upsamplers" else int(up[3])
+            name = f"decoder.upsamples.{4 * level + index}.{name[up.end() :]}"
+        for new, old in renames.items():
+            name = name.replace(new, old)
+        name = re.sub("^quant_conv", "conv1", re.sub("^post_quant_conv", "conv2", name))
+        found[name] = tensor
+    return found
+
+
 # By class: the layout in which the authors' files circulate.
 ORIGINAL: dict[str, Callable[[Shapes], Shapes]] = {
     "ZImageTransformer2DModel": _z_image,
@@ -110,6 +131,7 @@ ORIGINAL: dict[str, Callable[[Shapes], Shapes]] = {
     "SD3Transformer2DModel": original_names.sd3,
     "UNet2DConditionModel": original_names.unet,
     "AutoencoderKL": original_names.vae,
+    "AutoencoderKLQwenImage": _wan_vae,
 }
 
 
