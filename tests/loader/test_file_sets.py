@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from services.errors import BadCheckpoint
 from services.loader.catalog import read_model
 from services.loader.config import Config, parse_args
 from services.loader.entries import ConfigError, ModelEntry, read_models
+from services.loader.models import Models
 from tests.loader.published import EXTENT, write_component, write_files, write_llama, write_sparse, write_tokenizers
 from tests.loader.weights_files import LORA, write_gguf, write_named
 
@@ -132,6 +136,20 @@ def test_what_is_missing_is_named(z_image: dict[str, Path], tokenizers: dict[str
     )
 
 
+def test_the_log_says_which_family_was_taken(z_image: dict[str, Path], tokenizers: dict[str, Path]) -> None:
+    """Once, however often the files are looked at; and nothing if it was named."""
+    folders = {"tokenizer": tokenizers["Qwen2"]}
+    told = ModelEntry("told", checkpoint=tuple(z_image.values()), tokenizers=folders)
+    models = Models([told, replace(told, name="named", family="z-image")], EXTENT)
+
+    with capture_logs() as logs:
+        asyncio.run(models.read_all())
+        asyncio.run(models.read_all())
+
+    note = "taken for z-image-turbo; its files fit z-image too: family = ... says which"
+    assert logs == [{"event": "a family was chosen", "log_level": "info", "model": "told", "note": note}]
+
+
 def test_a_family_that_does_not_fit_is_refused(z_image: dict[str, Path], tmp_path: Path) -> None:
     """One that is not built in, one whose denoiser is another, and denoisers that no built-in family has."""
     wide = write_sparse(
@@ -190,6 +208,7 @@ def test_models_toml_names_files_without_a_folder(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=words):
             read_models(path)
     for line, words in (
+        ('checkpoint = "x"\nvariant = "fp16"', "variant picks files of a folder, and there is none"),
         ('family = "sdxl"', r"needs folder = .*, checkpoint = .* or \[models.a.files\]"),
         ('checkpoint = "x"\nfamily = 1', 'family is a word such as "z-image"'),
         ('checkpoint = "x"\ntokenizer = 1', 'tokenizer is a folder, "..."'),

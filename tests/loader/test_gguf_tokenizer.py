@@ -115,9 +115,17 @@ def test_a_gguf_file_without_a_tokenizer_needs_a_folder(
     assert str(caught.value) == f'z-image-turbo needs tokenizer = "...", the folder of a Qwen2 tokenizer{why}'
 
 
-def test_a_tokenizer_that_is_not_whole_is_refused(tmp_path: Path) -> None:
-    """Kinds of words are missing."""
-    path = write_llama(tmp_path / "te.gguf", 8, 1, lambda writer: writer.add_token_list(["a", "b"]))
+@pytest.mark.parametrize(
+    ("words", "kinds", "why"),
+    [(["a", "b"], [1], "is not whole"), ([], [], "is not whole"), (["a", "b", "a"], [1, 1, 3], "has a word twice")],
+)
+def test_a_tokenizer_that_is_not_whole_is_refused(tmp_path: Path, words: list[str], kinds: list[int], why: str) -> None:
+    """Words without a kind, none at all, or two numbers for one."""
 
-    with pytest.raises(BadCheckpoint, match=r"te.gguf: its tokenizer is not whole"):
-        tokenizer_files(path)
+    def tell(writer: gguf.GGUFWriter) -> None:
+        if words:
+            writer.add_token_list(words)
+            writer.add_token_types(kinds)
+
+    with pytest.raises(BadCheckpoint, match=f"te.gguf: its tokenizer {why}"):
+        tokenizer_files(write_llama(tmp_path / "te.gguf", 8, 1, tell))
