@@ -14,7 +14,7 @@ from torch import nn
 
 from services.params.arena import AttachedArena
 from services.params.layout import ALIGNMENT, extents_in
-from services.sampler.packed.runs import Packed
+from services.sampler.packed.runs import Fetch, Packed
 
 # An embedding table above this is looked up on the host: a prompt needs a few of its rows.
 HOST_LOOKUP_BYTES = 64 << 20
@@ -99,6 +99,12 @@ class Gate:
 def arena_bytes(arena: AttachedArena) -> torch.Tensor:
     """The arena's data as one uint8 tensor. Read-only memory: a write through it is a segmentation fault."""
     return torch.frombuffer(arena.data, dtype=torch.uint8)
+
+
+def arena_source(arena: AttachedArena) -> Fetch:
+    """Bytes of the arena where they lie."""
+    data = arena_bytes(arena)
+    return lambda offset, size_bytes: data[offset : offset + size_bytes]
 
 
 class Absent:

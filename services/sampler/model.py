@@ -21,7 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 from services.sampler.binding import BoundComponent
 from services.sampler.blocks import Speedup, blocks_of
 from services.sampler.engine import Engine
-from services.sampler.gates import Absent, Gate, is_host_lookup, split
+from services.sampler.gates import Absent, Gate, arena_source, is_host_lookup, split
 from services.sampler.guard import Guard
 from services.sampler.memo import PromptMemo
 from services.sampler.tiling import switch_on
@@ -30,6 +30,8 @@ from services.sampler.views import unit_view, view_class
 
 # Steps that a picture takes, about: what of a denoiser stays on the device saves so many copies, of an encoder one.
 DENOISE_PASSES = 8
+# Of a component, in one tensor that every sampler has for itself: more is worth a warning.
+COPY_SHARE = 0.01
 
 log = structlog.get_logger()
 
@@ -64,6 +66,7 @@ class AttachedModel:
         self.convolving = {c.name for c in components if any(isinstance(m, _ConvNd) for m in c.module.modules())}
         for component in components:
             self._gate_component(component, gate_limit)
+            tell_copies(name, component)
         self._view_class = view_class(type(pipeline), engine.transfer.device)
         engine.settle()
         engine.transfer.attach(self.gates, work_bytes)
@@ -91,8 +94,9 @@ class AttachedModel:
         for name, module in modules:
             tensors = itertools.chain(module.parameters(), module.buffers())
             params = tuple(by_tensor[id(t)] for t in tensors if id(t) in by_tensor)
-            is_packed = any(param.packing for param in params)
-            host = self.engine.transfer.device.type == "cuda" and is_host_lookup(module) and not is_packed
+            # Rows of a plain table lie on a CPU already; of a packed one only those that are asked for are unpacked.
+            is_worth_it = self.engine.transfer.device.type == "cuda" or any(param.packing for param in params)
+            host = is_worth_it and is_host_lookup(module)
             if params:
                 passes = 1 if is_encoder(component.name) else DENOISE_PASSES
                 self.gates.append(Gate(component.name, name, module, component.arena, params, host=host, passes=passes))
@@ -125,7 +129,7 @@ class AttachedModel:
             gate.module.register_forward_pre_hook(functools.partial(stop_at, self.engine, gate))
             if gate.host:
                 gate.module.register_forward_pre_hook(ids_to_host)
-                gate.module.register_forward_hook(functools.partial(rows_to, self.engine.transfer.device))
+                gate.module.register_forward_hook(functools.partial(rows_to, self.engine.transfer.device, gate))
 
     # ---- one request
 
@@ -200,6 +204,19 @@ class AttachedModel:
         return order
 
 
+def tell_copies(model: str, component: BoundComponent) -> None:
+    """Log what of a component each sampler has for itself; a warning if one tensor is much of it."""
+    largest = max(component.outside, key=lambda outside: outside.size_bytes, default=None)
+    if largest is None:
+        return
+    tell = log.warning if largest.size_bytes > COPY_SHARE * component.arena.size_bytes else log.info
+    tell(
+        "private copies", model=model, component=component.name, count=len(component.outside),
+        size_bytes=sum(outside.size_bytes for outside in component.outside), largest=largest.name,
+        largest_bytes=largest.size_bytes, reason=largest.reason,
+    )  # fmt: skip
+
+
 def is_encoder(component: str) -> bool:
     return "encoder" in component
 
@@ -212,5 +229,11 @@ def ids_to_host(module: nn.Module, args: tuple[torch.Tensor]) -> tuple[torch.Ten
     return (args[0].cpu(),)
 
 
-def rows_to(device: torch.device, module: nn.Module, args: object, rows: torch.Tensor) -> torch.Tensor:
+def rows_to(
+    device: torch.device, gate: Gate, module: nn.Module, args: tuple[torch.Tensor], rows: torch.Tensor
+) -> torch.Tensor:
+    """What was looked up on the host; if the table is packed, that was zeros, and the rows are unpacked now."""
+    (table,) = gate.params
+    if table.packing:
+        rows = table.packing.rows(arena_source(gate.arena), args[0].flatten(), rows.shape[-1], rows.dtype).view_as(rows)
     return rows.to(device)

@@ -58,8 +58,8 @@ def told_apart(tensors: Iterable[PlacedTensor]) -> tuple[list[PlacedTensor], dic
         module, _, last = name.rpartition(".")
         if last in _MARKS or last in _NOT_NEEDED:
             beside.add(name)
-        elif f"{module}.weight" in named and last in _SCALES:
-            _check_scale(named[f"{module}.weight"], tensor)
+        elif last in _SCALES:
+            _check_scale(named.get(f"{module}.weight"), tensor)
             scales[f"{module}.weight"] = tensor
             beside.add(name)
         elif "scale" in last and _is_fp8(named.get(f"{module}.weight")):
@@ -71,12 +71,11 @@ def _is_fp8(tensor: PlacedTensor | None) -> bool:
     return tensor is not None and tensor.dtype in FP8
 
 
-def _check_scale(weight: PlacedTensor, scale: PlacedTensor) -> None:
+def _check_scale(weight: PlacedTensor | None, scale: PlacedTensor) -> None:
     count = math.prod(scale.shape)
-    if not _is_fp8(weight):
-        raise UnsupportedModel(
-            f"{weight.name} is {weight.dtype} and has a scale; only fp8 weights with one are unpacked"
-        )
+    if weight is None or weight.dtype not in FP8:
+        what = "no weight" if weight is None else weight.dtype
+        raise UnsupportedModel(f"{scale.name} is the scale of {what}; those of fp8 weights are used")
     if scale.dtype not in SCALE_DTYPES or count not in (1, weight.shape[0]):
         raise UnsupportedModel(
             f"{weight.name} has a scale of {count} {scale.dtype} numbers; one is expected, or one for each row"

@@ -260,7 +260,7 @@ def component_summaries(model: AttachedModel) -> Iterator[pb.ComponentSummary]:
             class_name=type(component.module).__name__,
             size_bytes=component.arena.size_bytes,
             outside_bytes=sum(o.size_bytes for o in component.outside),
-            outside=[f"{o.name}: {o.reason}" for o in component.outside],
+            outside=[f"{o.name}, {o.size_bytes} bytes: {o.reason}" for o in component.outside],
             gate_count=len(gates),
             resident_bytes=sum(transfer.resident_bytes_of(gate) for gate in gates),
             dtype=str(component.dtype).removeprefix("torch."),

@@ -11,7 +11,8 @@ from typing import Protocol
 
 import torch
 
-from services.sampler.gates import Absent, BoundParam, Gate, arena_bytes
+from services.sampler.gates import Absent, BoundParam, Gate, arena_source
+from services.sampler.packed.runs import Fetch
 
 
 class Transfer(Protocol):
@@ -80,12 +81,12 @@ class ArenaViews:
         pass
 
     def enter(self, gate: Gate) -> None:
-        if gate.is_packed:
+        if gate.is_packed and not gate.host:
             for param, view in zip(gate.params, self.views(gate), strict=True):
                 param.tensor.data = view
 
     def leave(self, gate: Gate) -> None:
-        if gate.is_packed and not gate.pinned:
+        if gate.is_packed and not (gate.pinned or gate.host):
             for param in gate.params:
                 param.tensor.data = self._absent.like(param.view) if param.packing else param.view
 
@@ -95,9 +96,9 @@ class ArenaViews:
     def views(self, gate: Gate) -> tuple[torch.Tensor, ...]:
         if not gate.is_packed:
             return tuple(p.view for p in gate.params)
-        data = arena_bytes(gate.arena)
+        source = arena_source(gate.arena)
         with torch.inference_mode(False):  # params outlive the request that first needed them
-            return tuple(unpacked(param, data) for param in gate.params)
+            return tuple(unpacked(param, source) for param in gate.params)
 
     def streamed_bytes_of(self, gate: Gate) -> int:
         return 0
@@ -115,9 +116,8 @@ class ArenaViews:
         return False
 
 
-def unpacked(param: BoundParam, data: torch.Tensor) -> torch.Tensor:
-    """A param as it is computed with; `data` (uint8) is its whole arena's."""
+def unpacked(param: BoundParam, source: Fetch) -> torch.Tensor:
+    """A param as it is computed with; `source` has its arena's bytes."""
     if not param.packing:
         return param.view
-    out = torch.empty(param.view.shape, dtype=param.view.dtype)
-    return param.packing.unpack(lambda offset, size: data[offset : offset + size], out)
+    return param.packing.unpack(source, torch.empty(param.view.shape, dtype=param.view.dtype))

@@ -12,6 +12,8 @@ from gguf.constants import GGMLQuantizationType
 
 from services.sampler.packed import BY_NAME, unpack
 
+Tensors = dict[str, torch.Tensor]
+
 # Where a block has float16 scales: (first byte, how many).
 SCALES = {
     "Q4_0": (0, 1), "Q4_1": (0, 2), "Q5_0": (0, 1), "Q5_1": (0, 2), "Q8_0": (0, 1), "Q2_K": (80, 2), "Q3_K": (108, 1),
@@ -89,3 +91,22 @@ def write_gguf(path: Path, tensors: dict[str, torch.Tensor], kind: GGMLQuantizat
     writer.write_tensors_to_file()
     writer.close()
     return unpacked
+
+
+def scaled_fp8(tensors: Tensors, last: str, by_row: bool = False) -> tuple[Tensors, Tensors]:
+    """A file as ComfyUI has it, and the numbers in it; matrices of layers are in fp8."""
+    stored: Tensors = {"scaled_fp8": torch.empty(2, dtype=torch.float8_e4m3fn)} if last == "scale_weight" else {}
+    numbers: Tensors = {}
+    for name, tensor in tensors.items():
+        if tensor.ndim != 2 or "embed_tokens" in name or not name.endswith(".weight"):
+            stored[name] = numbers[name] = tensor.bfloat16()
+            continue
+        largest = tensor.abs().amax(1) if by_row else tensor.abs().max()
+        scale = (largest / 448).float()
+        module = name.removesuffix(".weight")
+        rows = scale[:, None] if by_row else scale
+        stored[name] = (tensor / rows).to(torch.float8_e4m3fn)
+        stored[f"{module}.{last}"] = scale
+        stored[f"{module}.{'scale_input' if last == 'scale_weight' else 'input_scale'}"] = torch.tensor(0.5)
+        numbers[name] = (stored[name].float() * rows).bfloat16()
+    return stored, numbers

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from services.params.gguf_header import PACKINGS
 from services.sampler.packed import BY_NAME, UNPACKERS, unpack
+from services.sampler.packed.runs import Packed, Run
 from tests.sampler.packings import SCALES, assert_same, check, kind_of, random_raw, reference, set_scales, wide_shape
 
 # What the package can pack.
@@ -111,6 +112,16 @@ def test_rows_of_packed_weights_are_rows(packing: str) -> None:
     rows = raw.view(5, -1).split([1, 2, 2])
     parts = [unpack(part, packing, (len(part), columns), torch.float32) for part in rows]
     assert_same(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("packing", UNPACKERS)
+def test_single_rows_are_looked_up(packing: str) -> None:
+    """In any order and repeated, as an embedding asks for them."""
+    raw, columns = torch.from_numpy(random_raw(packing, 10)).flatten(), 2 * BY_NAME[packing].block
+    run, ids = Run(packing, 512, raw.numel(), 5 * columns), torch.tensor([3, 0, 3, 4])
+    memory = torch.cat([torch.zeros(512, dtype=torch.uint8), raw])
+    rows = Packed((run,)).rows(lambda at, size: memory[at : at + size], ids, columns, torch.float32)
+    assert_same(rows, unpack(raw, packing, (5, columns), torch.float32)[ids])
 
 
 @settings(max_examples=60, deadline=None)

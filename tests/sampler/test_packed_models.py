@@ -9,13 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers.loaders.single_file_utils import convert_z_image_transformer_checkpoint_to_diffusers
 from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file, save_file
+from transformers import Qwen3Model
 
 from services.errors import UnsupportedModel
 from services.params.layout import PlacedTensor
+from services.sampler import gates
+from services.sampler.budget import Budget
 from services.sampler.phantoms import Phantoms
-from tests.sampler.packings import write_gguf
+from services.sampler.ring import Ring
+from services.sampler.transfer import ArenaViews
+from tests.sampler.inprocess import attached, under_baton
+from tests.sampler.packings import scaled_fp8, write_gguf
 from tests.sampler.support import pixels, plain_picture, plain_pipeline, served
 from tests.stack import Stack, running
 from tests.tiny_models import write_folder
@@ -83,7 +90,19 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         save_file({name: words[next(iter(llama({name: tensor})))] for name, tensor in encoded.items()},
                   plain / "text_encoder" / encoder.name)  # fmt: skip
         found[f"plain_{kind.name.lower()}"] = plain
-    return found
+    folder = Path(shutil.copytree(base, root / "circulating_fp8"))
+    plain = Path(shutil.copytree(base, root / "plain_fp8" / "z_image_bf16"))
+    stored, numbers = scaled_fp8(circulating(tensors), "scale_weight")
+    save_file(stored, folder / "transformer" / file.name)
+    save_file(clones(convert_z_image_transformer_checkpoint_to_diffusers(numbers)), plain / "transformer" / file.name)
+    stored, numbers = scaled_fp8(encoded, "weight_scale", by_row=True)
+    save_file({f"model.{name}": tensor for name, tensor in stored.items()}, folder / "text_encoder" / encoder.name)
+    save_file(numbers, plain / "text_encoder" / encoder.name)
+    return found | {"circulating_fp8": folder, "plain_fp8": plain}
+
+
+def clones(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 @pytest.fixture(scope="module")
@@ -100,13 +119,35 @@ def test_pictures_equal_diffusers_on_the_unpacked_numbers(
 ) -> None:
     """Whatever names the file uses, streamed and resident; q, k and v that are packed in one are split as they lie."""
     sampler = packed.sampler(*flags)
-    for kind in ("q8_0", "q4_0"):
+    for kind in ("q8_0", "q4_0", "fp8"):
         plain_pipeline.cache_clear()
         plain = pixels(plain_picture(folders[f"plain_{kind}"], PROMPT, SIZE, STEPS, SEED))
-        for layout in ("diffusers", "circulating"):
+        for layout in ("diffusers", "circulating")[kind == "fp8" :]:
             result = served(sampler.addresses[0], f"z_image_{layout}_{kind}", PROMPT, SIZE, STEPS, SEED)
             assert np.array_equal(pixels(result.images[0].pil), plain), (layout, kind)
     sampler.stop()
+
+
+@pytest.mark.parametrize("is_ring", [False, True])
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
+def test_rows_of_a_packed_table_are_looked_up_on_the_host(
+    kind: str, is_ring: bool, packed: Stack, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only what a prompt asks for is unpacked, and no table is brought; words are encoded as by transformers."""
+    monkeypatch.setattr(gates, "HOST_LOOKUP_BYTES", 4096)
+    transfer = (
+        Ring(torch.device("cpu"), Budget(1 << 40), keep_residents=False, poison=True) if is_ring else ArenaViews()
+    )
+    ids = torch.tensor([[3, 500, 3, 17]])
+    theirs = Qwen3Model.from_pretrained(folders[f"plain_{kind}"] / "text_encoder", dtype=torch.bfloat16)
+    with attached(packed, f"z_image_circulating_{kind}", transfer) as model:
+        tables = [gate for gate in model.gates if gate.host]
+        ours = under_baton(model.engine, lambda: model.pipeline.text_encoder(ids).last_hidden_state)
+        assert [gate.name for gate in tables] == ["embed_tokens"]
+        assert is_ring == bool(transfer.streamed_bytes)
+
+    with torch.no_grad():
+        assert torch.equal(ours, theirs(ids).last_hidden_state)
 
 
 def test_a_packing_that_nothing_unpacks_is_refused_before_a_picture() -> None:

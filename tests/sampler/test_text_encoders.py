@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 import torch
 import transformers
 from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm
@@ -15,8 +16,9 @@ from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import save_file
 
 from services.errors import UnsupportedModel
+from services.sampler.model import tell_copies
 from tests.sampler.bound import Tensors, assert_equal, bound, outside_share
-from tests.sampler.packings import write_gguf
+from tests.sampler.packings import scaled_fp8, write_gguf
 from tests.tiny_models import clip, randomise, t5
 
 QWEN_LAYER = (
@@ -194,25 +196,6 @@ def test_gguf_of_an_architecture_whose_numbers_are_changed_is_refused(memory: Pa
         pass
 
 
-def scaled_fp8(tensors: Tensors, last: str, by_row: bool = False) -> tuple[Tensors, Tensors]:
-    """A file as ComfyUI has it, and the numbers in it; matrices of layers are in fp8."""
-    stored: Tensors = {"scaled_fp8": torch.empty(2, dtype=torch.float8_e4m3fn)} if last == "scale_weight" else {}
-    numbers: Tensors = {}
-    for name, tensor in tensors.items():
-        if tensor.ndim != 2 or "embed" in name or "shared" in name:
-            stored[name] = numbers[name] = tensor.bfloat16()
-            continue
-        largest = tensor.abs().amax(1) if by_row else tensor.abs().max()
-        scale = (largest / 448).float()
-        module = name.removesuffix(".weight")
-        rows = scale[:, None] if by_row else scale
-        stored[name] = (tensor / rows).to(torch.float8_e4m3fn)
-        stored[f"{module}.{last}"] = scale
-        stored[f"{module}.{'scale_input' if last == 'scale_weight' else 'input_scale'}"] = torch.tensor(0.5)
-        numbers[name] = (stored[name].float() * rows).bfloat16()
-    return stored, numbers
-
-
 @pytest.mark.parametrize("by_row", [False, True])
 @pytest.mark.parametrize("last", ["scale_weight", "weight_scale"])
 def test_scaled_fp8(last: str, by_row: bool, memory: Path, tmp_path: Path) -> None:
@@ -258,6 +241,7 @@ def test_fp8_without_scales(dtype: torch.dtype, memory: Path, tmp_path: Path) ->
     [
         ("weight_scale_inv", torch.ones(2, 2), "a scale of this kind"),
         ("weight_scale", torch.ones(3), "a scale of 3 F32 numbers"),
+        ("layer.weight_scale", torch.ones(1), "the scale of no weight"),
         ("scale_weight", torch.ones(1, dtype=torch.float8_e5m2), "a scale of 1 F8_E5M2 numbers"),
     ],
 )
@@ -357,3 +341,40 @@ def test_open_clip(prefix: str, projection: bool, kind: str, memory: Path, tmp_p
         assert_equal(component, reference)
         assert [outside.name for outside in component.outside] == (["text_projection.weight"] if projection else [])
         assert outside_share(component) < 0.05
+
+
+@pytest.mark.parametrize(("rows", "level"), [(600, "warning"), (60_000, "info")])
+def test_private_copies_are_told(rows: int, level: str, memory: Path, tmp_path: Path) -> None:
+    """With their size and reason, and louder if one is more than 1 % of its component."""
+    model, tensors = made(lambda: clip(projection=True), tmp_path)
+    tensors["text_model.embeddings.token_embedding.weight"] = torch.zeros(rows, 32)
+    model.config.vocab_size = rows
+    model.config.save_pretrained(tmp_path)
+    save_file({f"a.{n}": t.contiguous() for n, t in open_clip(tensors).items()}, tmp_path / "clip.safetensors")
+
+    with (
+        bound(memory, tmp_path, "transformers", type(model), tmp_path / "clip.safetensors") as component,
+        structlog.testing.capture_logs() as logs,
+    ):
+        tell_copies("sdxl", component)
+
+    assert logs == [
+        {
+            "event": "private copies", "log_level": level, "model": "sdxl", "component": "part", "count": 1,
+            "size_bytes": 4096, "largest": "text_projection.weight", "largest_bytes": 4096,
+            "reason": "computed by the library's converter (clone)",
+        }
+    ]  # fmt: skip
+
+
+def test_what_t5_keeps_in_float32_becomes_so_on_arrival(memory: Path, tmp_path: Path) -> None:
+    """Two fifths of a T5 in float16 would else be copied, in twice the bytes."""
+    model, tensors = made(t5, tmp_path)
+    halves = {name: tensor.half() for name, tensor in without("embed_tokens", tensors).items()}
+    save_file(halves, tmp_path / "t5.safetensors")
+    reference = loaded(model, halves, torch.float16)
+
+    with bound(memory, tmp_path, "transformers", type(model), tmp_path / "t5.safetensors") as component:
+        assert_equal(component, reference)
+        assert not component.outside
+    assert reference.encoder.block[0].layer[1].DenseReluDense.wo.weight.dtype is torch.float32

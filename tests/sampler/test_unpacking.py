@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from services.errors import UnsupportedModel
 from services.sampler.packed import BY_NAME, FP8, UNPACKERS, unpack, unpack_fp8
+from services.sampler.packed.runs import Run, Scale
 from tests.sampler.packings import assert_same, random_raw, reference, wide_shape
 
 
@@ -119,6 +120,21 @@ def test_an_unknown_packing_is_named(packing: str) -> None:
 def test_bytes_that_do_not_fit_are_refused(raw: torch.Tensor, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="Q8_0"):
         unpack(raw, "Q8_0", shape)
+
+
+@pytest.mark.parametrize("kind", FP8)
+@pytest.mark.parametrize("slice_bytes", [1, 100, 1 << 20])
+def test_fp8_with_a_scale_for_each_row(kind: str, slice_bytes: int) -> None:
+    """As torch multiplies, also of rows that are looked up."""
+    raw = torch.arange(256, dtype=torch.uint8)
+    scales = torch.linspace(0.001, 3, 16)
+    theirs = raw.view(FP8[kind]).float().view(16, 16) * scales[:, None]
+    assert_same(unpack_fp8(raw, kind, (16, 16), scales, torch.float32, slice_bytes=slice_bytes), theirs)
+    assert_same(unpack_fp8(raw, kind, (16, 16), scales, slice_bytes=slice_bytes), theirs.bfloat16())
+
+    memory = torch.cat([raw, scales.view(torch.uint8)])
+    run, ids = Run(kind, 0, 256, 256, Scale("F32", 256, 16)), torch.tensor([3, 0, 15])
+    assert_same(run.rows(lambda at, size: memory[at : at + size], ids, 16, torch.float32), theirs[ids])
 
 
 @pytest.mark.parametrize("size", [15, 17])

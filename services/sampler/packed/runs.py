@@ -81,6 +81,11 @@ class Packed:
         scales = (run.scale for run in self.runs if run.scale)
         return (*((r.offset, r.size_bytes) for r in self.runs), *((s.offset, s.size_bytes) for s in scales))
 
+    def rows(self, fetch: Fetch, ids: torch.Tensor, columns: int, dtype: torch.dtype) -> torch.Tensor:
+        """Rows `ids` (int64, one dimension) of a matrix that is one run: (ids, columns). Other rows are not read."""
+        (run,) = self.runs
+        return run.rows(fetch, ids, columns, dtype)
+
     def unpack(self, fetch: Fetch, out: torch.Tensor) -> torch.Tensor:
         """Write the numbers to `out`, which is contiguous and of their shape; returns it."""
         flat, at = out.view(-1), 0
