@@ -18,6 +18,7 @@ from services.errors import BadCheckpoint, HeadwaterError, HostMemoryFull
 from services.loader import cgroup
 from services.loader.catalog import ComponentSource, ModelSource
 from services.loader.entries import ConfigError
+from services.loader.gguf_tokenizer import tokenizer_files
 from services.loader.mounts import mount_of
 from services.loader.ownership import check_own, missing_rights
 from services.params.arena import discard
@@ -159,6 +160,9 @@ class ArenaDir:
         try:
             for inside, path in source.small_files:
                 _copy(path, scratch / inside)
+            for inside, path in source.tokenizers:
+                for name, content in tokenizer_files(path).items():
+                    _write(content, scratch / inside / name)
             scratch.rename(folder)
         except OSError as error:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -228,4 +232,10 @@ def _lock(path: Path) -> int:
 def _copy(path: Path, target: Path) -> None:
     target.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
     shutil.copyfile(path, target)
+    target.chmod(0o640)
+
+
+def _write(content: bytes, target: Path) -> None:
+    target.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+    target.write_bytes(content)
     target.chmod(0o640)

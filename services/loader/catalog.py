@@ -1,7 +1,8 @@
-"""What a diffusers folder holds: components with params, and the small files around them.
+"""What a model's files hold: components with params, and the small files around them.
 
-Reads model_index.json, checkpoint headers and directory listings. Knows no architecture: a component is a subfolder
-that model_index.json names and that holds safetensors or GGUF, or for which the operator names files.
+Reads model_index.json, checkpoint headers and directory listings. A component is a subfolder that model_index.json
+names and that holds safetensors or GGUF, or for which the operator names files; which file is for what, and what there
+is without a folder, is in assembly.py.
 """
 
 import json
@@ -9,12 +10,21 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import xxhash
 
 from services.errors import BadCheckpoint
+from services.loader.assembly import (
+    Tokenizer,
+    assign,
+    check_fits,
+    families_of,
+    missing_from,
+    pieces_of,
+    tokenizers_of,
+)
 from services.loader.entries import ModelEntry
+from services.loader.family import Family, built_in, family_in
 from services.loader.transcode import Transform, TypeRules, full_name, plan
 from services.loader.weights import WEIGHTS_SUFFIXES, pick_files, read_named, role_of
 from services.params.checkpoint import read_checkpoint
@@ -24,7 +34,6 @@ from services.params.specs import Checkpoint
 
 MAX_SMALL_FILE_BYTES = 64 << 20
 MAX_SMALL_FILES = 2_000
-MAX_INDEX_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,38 +54,97 @@ class ComponentSource:
 class ModelSource:
     """A model on disk: components sorted by name, and its small files as (path inside the model, path).
 
-    `small_digest` (16 hex digits) tells one state of the small files from another.
+    `small_digest` (16 hex digits) tells one state of the small files from another. `tokenizers` are small files that
+    are made of a GGUF file's metadata, as (folder inside the model, path). `note` is what the log should say of it.
     """
 
     pipeline_class: str
     components: tuple[ComponentSource, ...]
     small_files: tuple[tuple[str, Path], ...]
     small_digest: str
+    tokenizers: tuple[tuple[str, Path], ...] = ()
+    note: str = ""
 
 
 def read_model(entry: ModelEntry, extent_bytes: int) -> ModelSource:
-    """Read a model's folder. Raises BadCheckpoint, with names inside the model only."""
+    """Read the headers of a model's files. Raises BadCheckpoint, with names inside the model only."""
     try:
-        index = read_index(entry.folder)
-        parts = parts_of(index)
-        picked = pick_files(entry.folder, parts, entry.variant, entry.files)
-        small = tuple(_small_files(entry.folder, parts))
-        small_digest = _digest_of(small)
+        return (_read_folder if entry.folder else _read_files)(entry, extent_bytes)
     except OSError as error:
         raise BadCheckpoint(f"a file of the model cannot be read: {os.strerror(error.errno or 0)}") from error
-    if not picked:
-        raise BadCheckpoint("no component of the model has safetensors or GGUF files")
+
+
+def _read_folder(entry: ModelEntry, extent_bytes: int) -> ModelSource:
+    """A model with a diffusers folder: what is in no named file is in the folder."""
+    folder = entry.folder or Path()
+    family = family_in(folder, "the folder")
+    checkpoints = assign(family, pieces_of(entry.checkpoint))
+    elsewhere = dict.fromkeys(checkpoints, ()) | dict(entry.files)
+    picked = pick_files(folder, family.parts, entry.variant, elsewhere)
     _check_variant(entry.variant, picked.values())
-    checkpoints = {
-        name: read_named(name, paths) if name in entry.files else _read_own(name, paths[0])
-        for name, paths in picked.items()
-    }
-    _check_rules(entry.types, checkpoints)
+    checkpoints |= _named(entry)
+    for part, checkpoint in checkpoints.items():
+        check_fits(family, part, checkpoint)
+    checkpoints |= {part: _read_own(part, paths[0]) for part, paths in picked.items() if part not in checkpoints}
+    if not checkpoints:
+        raise BadCheckpoint("no component of the model has safetensors or GGUF files")
+    return _source(entry.types, family, checkpoints, dict(_small_files(folder, family.parts)), extent_bytes)
+
+
+def _read_files(entry: ModelEntry, extent_bytes: int) -> ModelSource:
+    """A model without a folder: the configs are those of a built-in family."""
+    named, pieces = _named(entry), pieces_of(entry.checkpoint)
+    families = [built_in(entry.family)] if entry.family else families_of(pieces, named)
+    family, others = families[0], [other.name for other in families[1:]]
+    if odd := sorted(named.keys() - family.wanted.keys()):
+        raise BadCheckpoint(f"{family.name} has no {odd[0][:64]}; it has {', '.join(family.wanted)}")
+    checkpoints = assign(family, pieces) | named
+    for part, checkpoint in checkpoints.items():
+        check_fits(family, part, checkpoint)
+    if missing := missing_from(family, checkpoints):
+        raise BadCheckpoint(f"{family.name}: no file for {', '.join(missing)}")
+    tokenizers, absent = tokenizers_of(family, checkpoints, entry.tokenizers)
+    if absent:
+        raise BadCheckpoint(f"{family.name} needs {'; '.join(absent)}")
+    small, made = dict(_small_files(family.folder, family.parts)), []
+    for tokenizer in tokenizers:
+        if tokenizer.path.is_dir():
+            small |= _tokenizer_files(tokenizer)
+        else:
+            made.append((tokenizer.part, tokenizer.path))
+    note = f"taken for {family.name}; its files fit {', '.join(others)} too: family = ... says which" if others else ""
+    return _source(entry.types, family, checkpoints, small, extent_bytes, tuple(made), note)
+
+
+def _tokenizer_files(tokenizer: Tokenizer) -> dict[str, Path]:
+    """The files of a tokenizer's folder, by their paths inside the model."""
+    paths = [path for path in tokenizer.path.iterdir() if path.is_file() and _is_small(path)]
+    if len(paths) > MAX_SMALL_FILES:
+        raise BadCheckpoint(f"{tokenizer.part}: more than {MAX_SMALL_FILES} small files in its folder")
+    return {f"{tokenizer.part}/{path.name}": path for path in paths}
+
+
+def _named(entry: ModelEntry) -> dict[str, Checkpoint]:
+    return {part: read_named(part, paths) for part, paths in entry.files.items()}
+
+
+def _source(
+    types: TypeRules,
+    family: Family,
+    checkpoints: Mapping[str, Checkpoint],
+    small: Mapping[str, Path],
+    extent_bytes: int,
+    made: tuple[tuple[str, Path], ...] = (),
+    note: str = "",
+) -> ModelSource:
+    _check_rules(types, checkpoints)
     components = tuple(
-        _component(name, checkpoint, plan(name, checkpoint, entry.types, role_of(name)), extent_bytes)
-        for name, checkpoint in checkpoints.items()
+        _component(name, checkpoint, plan(name, checkpoint, types, role_of(name)), extent_bytes)
+        for name, checkpoint in sorted(checkpoints.items())
     )
-    return ModelSource(str(index.get("_class_name", "")), components, small, small_digest)
+    pipeline_class = str(family.index.get("_class_name", ""))
+    files = tuple(sorted(small.items()))
+    return ModelSource(pipeline_class, components, files, _digest_of((*files, *made)), made, note)
 
 
 def _check_variant(variant: str, picked: Iterable[Sequence[Path]]) -> None:
@@ -113,41 +181,12 @@ def identity_of(checkpoint: Checkpoint, extent_bytes: int, transform: Transform 
     """Digest of all that decides an arena's bytes: the files' identities and headers, the layout, the transform."""
     files = [[*astuple(file.identity), file.header_digest] for file in checkpoint.files]
     types = dict(sorted(transform.types.items())) if transform else {}
-    text = json.dumps({"layout": VERSION, "extent_bytes": extent_bytes, "transform": types or "none", "files": files})
+    whole = {"layout": VERSION, "extent_bytes": extent_bytes, "transform": types or "none", "files": files}
+    text = json.dumps(whole | ({"part": checkpoint.part} if checkpoint.part else {}))
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 
-def parts_of(index: Mapping[str, Any]) -> list[str]:
-    """Names of what a model_index.json names, sorted, components with and without params. Raises BadCheckpoint."""
-    return sorted(name for name, value in index.items() if _is_part(name, value))
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    """A folder's model_index.json. Raises BadCheckpoint, OSError."""
-    path = folder / "model_index.json"
-    if not path.is_file():
-        raise BadCheckpoint("the model's folder has no model_index.json")
-    if path.stat().st_size > MAX_INDEX_BYTES:
-        raise BadCheckpoint("model_index.json is larger than 1 MiB")
-    try:
-        index = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise BadCheckpoint("model_index.json is no valid JSON") from error
-    if not isinstance(index, dict):
-        raise BadCheckpoint("model_index.json is no JSON object")
-    return index
-
-
-def _is_part(name: str, value: object) -> bool:
-    """Whether an entry is `"name": ["library", "Class"]`; null entries are parts that the model does without."""
-    if name.startswith("_") or not isinstance(value, list) or len(value) != 2 or value[1] is None:
-        return False
-    if not name.isidentifier() or len(name) > 64:
-        raise BadCheckpoint("model_index.json names a component that is no plain word")
-    return True
-
-
-def _small_files(folder: Path, parts: list[str]) -> Iterator[tuple[str, Path]]:
+def _small_files(folder: Path, parts: Sequence[str]) -> Iterator[tuple[str, Path]]:
     """Top-level JSON files and all that is no weights file in the parts' folders."""
     paths = [path for path in folder.glob("*.json") if path.is_file()]
     for part in parts:

@@ -135,10 +135,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Keep one shared-memory copy of each model's params and fill it from disk as it is asked.",
     )
     add = parser.add_argument
-    add("--models", type=Path, help="models.toml: a table [models.NAME] with folder = ... for each model")
-    add("--add", action="append", default=[], metavar="NAME=PATH[,type=TYPE]",
-        help="serve this diffusers folder too, without a line in models.toml, packed as TYPE, e.g. q8_0, if it is "
-        "given; may be repeated")  # fmt: skip
+    add("--models", type=Path,
+        help="models.toml: a table [models.NAME] for each model, with a folder, a checkpoint or files")  # fmt: skip
+    add("--add", action="append", default=[], metavar="NAME=PATH[,PATH...]",
+        help="serve this diffusers folder too, without a line in models.toml; or these files, whose components their "
+        "tensors tell, with family=..., tokenizer=FOLDER or COMPONENT=FILE among them; type=q8_0 packs them as they "
+        "are read; may be repeated")  # fmt: skip
     add("--listen", metavar="ADDRESS", help="unix:/path (mode 0660) or host:port")
     add("--allow-uid", type=int, action="append", default=[], metavar="UID",
         help="let this user call over the socket too; may be repeated (always: the loader's own, root)")  # fmt: skip
@@ -146,8 +148,8 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in (("check", "compare all that is filled with its digests"), ("clean", "remove what nobody owns")):
         task.add_argument(f"--{name}", dest="task", action="store_const", const=name, help=f"{text}, and do not serve")
     task.add_argument("--inspect", type=Path, nargs="+", metavar="PATH",
-        help="tell what checkpoint files and model folders hold, and what models of a models.toml will be in memory;"
-        " do not serve")  # fmt: skip
+        help="tell what checkpoint files and model folders hold and are together, and what models of a models.toml "
+        "will be in memory; do not serve")  # fmt: skip
     add("--json", action="store_true", help="with --inspect: print one JSON document")
     add("--arena-dir", type=Path, default=Path("/dev/shm/headwater"), help="folder on a tmpfs (default: %(default)s)")
     add("--allow-disk", action="store_true", help="accept an arena folder that is not on a tmpfs")

@@ -2,14 +2,17 @@
 
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from services.loader.transcode import TypeRules, parse_type
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_TOKENIZER = re.compile(r"(?:tokenizer|processor)(?:_[0-9])?")
+_KEYS = frozenset({"folder", "variant", "pin", "files", "checkpoint", "family", "tokenizer", "type", "types"})
 _NAME_RULE = "a name is up to 64 letters, digits, dots, dashes and underscores"
 
 
@@ -21,17 +24,24 @@ class ConfigError(Exception):
 class ModelEntry:
     """One table of models.toml. `variant` is diffusers' word: `fp16` picks `model.fp16.safetensors`.
 
+    folder: a diffusers folder, whose configs and, where no other files are named, weights are taken; or none.
     pin: once in memory its components stay there until an operator evicts them.
-    files: by component, the weights files that are served in place of those in the folder.
+    files: by component, the weights files that are served in place of those in the folder or the checkpoint.
     types: what its tensors become in memory.
+    checkpoint: files whose components their tensors tell, such as one that holds all of them.
+    family: a model without a folder has the configs of this one of those that are built in; empty: what its files tell.
+    tokenizers: folders of the tokenizers of such a model, by the part's name.
     """
 
     name: str
-    folder: Path
+    folder: Path | None = None
     variant: str = ""
     pin: bool = False
     files: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
     types: TypeRules = field(default_factory=TypeRules)
+    checkpoint: tuple[Path, ...] = ()
+    family: str = ""
+    tokenizers: Mapping[str, Path] = field(default_factory=dict)
 
 
 def read_entries(file: Path | None, added: Sequence[ModelEntry]) -> tuple[ModelEntry, ...]:
@@ -60,34 +70,102 @@ def read_models(path: Path) -> tuple[ModelEntry, ...]:
 
 
 def parse_added(text: str) -> ModelEntry:
-    """The model of `--add NAME=PATH[,type=TYPE]`, a diffusers folder. Raises ConfigError."""
+    """The model of `--add NAME=PATH[,PATH...]`: a diffusers folder or files, with what else models.toml would say.
+
+    Raises ConfigError.
+    """
     name, equals, rest = text.partition("=")
-    path, has_type, type_ = rest.partition(",type=")
-    if not equals or not path:
-        raise ConfigError(f"--add {text}: NAME=PATH was expected, such as sdxl=/models/sdxl")
+    if not equals or not rest:
+        raise ConfigError(f"--add {text}: NAME=PATH was expected, such as sdxl=/models/sdxl or a=m.gguf,t.gguf,v.sft")
     if not _NAME.fullmatch(name):
         raise ConfigError(f"--add {text}: {_NAME_RULE}")
-    if not (Path(path) / "model_index.json").is_file():
-        raise ConfigError(f"--add {text}: there is no model_index.json: give a diffusers folder, or use models.toml")
-    types = _types(f"--add {text}", {"type": type_} if has_type else {})
-    return ModelEntry(name, Path(path).absolute(), types=types)
+    chosen, items = _told_apart(rest.split(","))
+    types = _types(f"--add {text}", chosen)
+    if len(items) == 1 and Path(items[0]).is_dir():
+        if not (Path(items[0]) / "model_index.json").is_file():
+            raise ConfigError(f"--add {text}: there is no model_index.json: give a diffusers folder, or files")
+        return ModelEntry(name, Path(items[0]).absolute(), types=types)
+    return replace(_added_files(text, name, items), types=types)
+
+
+def _told_apart(items: Sequence[str]) -> tuple[dict[str, object], list[str]]:
+    """The `type=...` among the items of --add, and the others."""
+    chosen = [item.removeprefix("type=") for item in items if item.startswith("type=")]
+    return {"type": chosen[-1]} if chosen else {}, [item for item in items if not item.startswith("type=")]
+
+
+def _added_files(text: str, name: str, items: Sequence[str]) -> ModelEntry:
+    """Items are files whose components their tensors tell, or `component=file`, `tokenizer=folder`, `family=name`."""
+    checkpoint: list[Path] = []
+    table: dict[str, Any] = {}
+    files: dict[str, list[str]] = {}
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not equals or not key.isidentifier():
+            checkpoint.append(Path(item).absolute())
+        elif key == "family" or _TOKENIZER.fullmatch(key):
+            table[key] = value
+        else:
+            files.setdefault(key, []).append(value)
+    if lost := [path.name for path in checkpoint if not path.is_file()]:
+        raise ConfigError(f"--add {text}: there is no file {lost[0]}: give a diffusers folder, or files")
+    if not checkpoint and not files:
+        raise ConfigError(f"--add {text}: no file of weights is named")
+    here = Path.cwd()
+    named = _files(f"--add {text}", here, files)
+    tokenizers, family = _tokenizers(f"--add {text}", here, table), _word(f"--add {text}", table, "family")
+    return ModelEntry(name, None, files=named, checkpoint=tuple(checkpoint), family=family, tokenizers=tokenizers)
 
 
 def _entry(path: Path, name: str, table: object) -> ModelEntry:
     where = f"{path}: models.{name}"
     if not _NAME.fullmatch(name):
         raise ConfigError(f"{where}: {_NAME_RULE}")
-    if not isinstance(table, dict) or not isinstance(table.get("folder"), str):
+    if not isinstance(table, dict) or not table.keys() & {"folder", "checkpoint", "files"}:
+        raise ConfigError(f'{where} needs folder = "...", checkpoint = "..." or [models.{name}.files]')
+    keys = {key for key in table if _TOKENIZER.fullmatch(key)}
+    _check_keys(where, table, _KEYS, keys)
+    folder, pin = table.get("folder"), table.get("pin", False)
+    if folder is not None and not isinstance(folder, str):
         raise ConfigError(f'{where} needs folder = "..."')
-    _check_keys(where, table, {"folder", "variant", "pin", "files", "type", "types"})
-    variant, pin = table.get("variant", ""), table.get("pin", False)
-    if not isinstance(variant, str) or (variant and not _NAME.fullmatch(variant)):
-        raise ConfigError(f'{where}: variant is a word such as "fp16"')
+    if folder is not None and (odd := sorted(keys | (table.keys() & {"family"}))):
+        raise ConfigError(f"{where}: {odd[0]} is for a model without a folder, whose own is used")
+    if folder is None and "variant" in table:
+        raise ConfigError(f"{where}: variant picks files of a folder, and there is none")
     if not isinstance(pin, bool):
         raise ConfigError(f"{where}: pin is true or false")
     files = _files(f"{where}.files", path.parent, table.get("files", {}))
-    types = _types(where, table)
-    return ModelEntry(name, (path.parent / table["folder"]).absolute(), variant, pin, files, types)
+    whole = _files(where, path.parent, {key: table[key] for key in table.keys() & {"checkpoint"}})
+    return ModelEntry(
+        name,
+        (path.parent / folder).absolute() if folder is not None else None,
+        _word(where, table, "variant"),
+        pin,
+        files,
+        _types(where, table),
+        whole.get("checkpoint", ()),
+        _word(where, table, "family"),
+        _tokenizers(where, path.parent, table),
+    )
+
+
+def _word(where: str, table: Mapping[str, object], key: str) -> str:
+    value = table.get(key, "")
+    if not isinstance(value, str) or (value and not _NAME.fullmatch(value)):
+        example = "fp16" if key == "variant" else "z-image"
+        raise ConfigError(f'{where}: {key} is a word such as "{example}"')
+    return value
+
+
+def _tokenizers(where: str, root: Path, table: Mapping[str, object]) -> dict[str, Path]:
+    found = {}
+    for key, value in table.items():
+        if not _TOKENIZER.fullmatch(key):
+            continue
+        if not isinstance(value, str) or not value:
+            raise ConfigError(f'{where}: {key} is a folder, "..."')
+        found[key] = (root / value).absolute()
+    return found
 
 
 def _files(where: str, root: Path, table: object) -> dict[str, tuple[Path, ...]]:
@@ -122,6 +200,6 @@ def _types(where: str, table: Mapping[str, object]) -> TypeRules:
     return found
 
 
-def _check_keys(where: str, table: dict[str, object], known: set[str]) -> None:
-    if unknown := sorted(table.keys() - known):
+def _check_keys(where: str, table: Mapping[str, object], known: Set[str], more: Set[str] = frozenset()) -> None:
+    if unknown := sorted(table.keys() - known - more):
         raise ConfigError(f"{where}: unknown key {', '.join(unknown)} (known: {', '.join(sorted(known))})")

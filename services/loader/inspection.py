@@ -11,13 +11,18 @@ from itertools import chain
 from pathlib import Path
 
 from services.errors import BadCheckpoint
-from services.loader.catalog import parts_of, read_index, read_model
+from services.loader.catalog import read_model
 from services.loader.config import Inspect
 from services.loader.entries import ModelEntry, read_models
-from services.loader.weights import pick_weights, recognised
+from services.loader.family import Shape, families_for, shape_of
+from services.loader.index import parts_of, read_index
+from services.loader.together import SetReport, set_report
+from services.loader.weights import pick_weights
+from services.params.all_in_one import split
 from services.params.checkpoint import read_checkpoint
+from services.params.dimensions import Dimensions
 from services.params.layout import EXTENT_BYTES
-from services.params.recognise import UNKNOWN, Architecture
+from services.params.recognise import UNKNOWN, Architecture, Role
 from services.params.specs import Checkpoint, TensorSpec
 
 _FORMATS = {".gguf": "GGUF", ".json": "sharded safetensors"}
@@ -33,9 +38,21 @@ class Amount:
 
 
 @dataclass
+class PartReport:
+    """One component of a file that holds several."""
+
+    architecture: Architecture
+    dimensions: Dimensions
+    tensor_count: int
+    size_bytes: int
+
+
+@dataclass
 class FileReport:
     """One file, or the shards of an index; `files` are base names, `stated` is the file's own word for what it is.
 
+    `families` are the built-in ones that a denoiser is of; `parts` the components of a file that holds several, by the
+    prefix of their tensors.
     `reason` says why it cannot be read; the rest is empty then.
     """
 
@@ -43,6 +60,9 @@ class FileReport:
     format: str
     files: list[str] = field(default_factory=list)
     architecture: Architecture = UNKNOWN
+    dimensions: Dimensions = field(default_factory=Dimensions)
+    families: list[str] = field(default_factory=list)
+    parts: dict[str, PartReport] = field(default_factory=dict)
     stated: str = ""
     tensor_count: int = 0
     size_bytes: int = 0
@@ -66,11 +86,16 @@ Report = FileReport | FolderReport
 
 def run(inspect: Inspect) -> int:
     """Print what each file or folder is; 1 if something cannot be read."""
-    reports = []
-    for report in chain.from_iterable(map(_reports, _expanded(inspect.paths))):
+    reports: list[Report | SetReport] = []
+    paths = list(_expanded(inspect.paths))
+    for report in chain.from_iterable(map(_reports, paths)):
         reports.append(report)
         if not inspect.as_json:
             print("\n".join(_lines(report)), flush=True)  # noqa: T201
+    if together := set_report([path for path in paths if path.suffix != ".toml" and not _is_folder(path)]):
+        reports.append(together)
+        if not inspect.as_json:
+            print("\n".join(together.lines()))  # noqa: T201
     if inspect.as_json:
         print(json.dumps([asdict(report) for report in reports], indent=2))  # noqa: T201
     return 1 if any(map(_is_bad, reports)) else 0
@@ -118,7 +143,7 @@ def _describe(report: FileReport, checkpoint: Checkpoint, tensors: Iterable[Tens
         amount.count += 1
         amount.size_bytes += tensor.size_bytes
     report.files = [file.path.name for file in checkpoint.files]
-    report.architecture, report.stated = recognised(checkpoint), checkpoint.files[0].stated
+    _recognise(report, checkpoint)
     report.tensor_count = len(checkpoint.tensors)
     report.size_bytes = sum(amount.size_bytes for amount in report.types.values())
 
@@ -137,6 +162,21 @@ def model_report(entry: ModelEntry) -> FolderReport:
         report.components[part.name] = one = FileReport(str(path), _FORMATS.get(path.suffix, "safetensors"))
         _describe(one, part.checkpoint, part.transform.stored(part.checkpoint.tensors))
     return report
+
+
+def _recognise(report: FileReport, checkpoint: Checkpoint) -> None:
+    shape = shape_of(checkpoint)
+    report.architecture, report.dimensions = shape.architecture, shape.dimensions
+    report.stated = checkpoint.files[0].stated
+    if shape.architecture.role is Role.ALL_IN_ONE:
+        for prefix, part in split(checkpoint).items():
+            found = shape_of(part)
+            count = len(part.tensors)
+            report.parts[prefix] = PartReport(found.architecture, found.dimensions, count, part.size_bytes)
+            if found.architecture.role is Role.DENOISER:
+                shape = found
+    if shape.architecture.role is Role.DENOISER:
+        report.families = [family.name for family in families_for(shape)]
 
 
 def folder_report(folder: Path) -> FolderReport:
@@ -164,7 +204,7 @@ def _add_component(report: FolderReport, folder: Path, name: str) -> None:
         report.components[name] = file_report(path)
 
 
-def _is_bad(report: Report) -> bool:
+def _is_bad(report: Report | SetReport) -> bool:
     parts = report.components.values() if isinstance(report, FolderReport) else ()
     return bool(report.reason) or any(part.reason for part in parts)
 
@@ -192,7 +232,12 @@ def _file_lines(name: str, report: FileReport) -> Iterator[str]:
     files = f" in {len(report.files)} files" if len(report.files) > 1 else ""
     tensors = "1 tensor" if report.tensor_count == 1 else f"{report.tensor_count} tensors"
     says = f", calls itself {report.stated}" if report.stated else ""
-    yield f"{name}: {report.format}{files}, {tensors}, {_size(report.size_bytes)}, {report.architecture}{says}"
+    what = Shape(report.architecture, report.dimensions)
+    family = f", family {' or '.join(report.families)}" if report.families else ""
+    yield f"{name}: {report.format}{files}, {tensors}, {_size(report.size_bytes)}, {what}{family}{says}"
+    for prefix, part in report.parts.items():
+        found = Shape(part.architecture, part.dimensions)
+        yield f"  {prefix}*: {part.tensor_count} tensors, {_size(part.size_bytes)}, {found}"
     yield from _table(report.types)
 
 

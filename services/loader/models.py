@@ -55,9 +55,11 @@ class Models:
     async def read(self, record: ModelRecord) -> None:
         """Read a model's headers again; `source`, or `reason` why there is none."""
         try:
-            record.source = await asyncio.to_thread(read_model, record.entry, self._extent_bytes)
+            before, record.source = record.source, await asyncio.to_thread(read_model, record.entry, self._extent_bytes)
             record.reason = ""
             self._tell(record)
+            if record.source.note and record.source != before:
+                _log.info("a family was chosen", model=record.entry.name, note=record.source.note)
         except BadCheckpoint as error:
             record.source, record.reason = None, str(error)
             _log.warning("a model cannot be served", model=record.entry.name, reason=record.reason)

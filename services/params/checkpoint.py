@@ -43,6 +43,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 def joined(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
     """One checkpoint of at least one, whose tensors have names of their own. Raises BadCheckpoint."""
+    if len(checkpoints) == 1:
+        return checkpoints[0]
     files: list[CheckpointFile] = []
     tensors: dict[str, TensorSpec] = {}
     for checkpoint in checkpoints:
@@ -54,7 +56,7 @@ def joined(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
         files += checkpoint.files
     if len(tensors) > MAX_TENSORS:
         raise BadCheckpoint(f"{files[0].path.name} and others: more than {MAX_TENSORS} tensors")
-    return Checkpoint(tuple(files), tuple(tensors.values()))
+    return Checkpoint(tuple(files), tuple(tensors.values()), " ".join(filter(None, (c.part for c in checkpoints))))
 
 
 def read_header(path: Path, number: int = 0) -> tuple[CheckpointFile, list[TensorSpec]]:

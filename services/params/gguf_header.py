@@ -2,12 +2,12 @@
 
 Source of the format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. As for ggml's own reader, tensors lie
 one behind the other, each padded to the file's alignment. Single values of the metadata are kept, arrays (a tokenizer's
-words) are passed over. Knows no model, no arena, no torch.
+words) are passed over, but for those that are asked for. Knows no model, no arena, no torch.
 """
 
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -64,6 +64,7 @@ class GgufHeader:
     raw: bytes
     metadata: dict[str, Value]
     tensors: list[TensorSpec]
+    arrays: dict[str, list[Value]]
 
 
 class _Cursor:
@@ -127,8 +128,10 @@ class _Cursor:
         self.at = at
 
 
-def read_header(fetch: Fetch, name: str, file_bytes: int, number: int = 0) -> GgufHeader:
+def read_header(fetch: Fetch, name: str, file_bytes: int, number: int = 0, kept: Set[str] = frozenset()) -> GgufHeader:
     """The header of the file `name` of so many bytes; `number` is what the tensors carry as `file`.
+
+    kept: keys of the arrays that are wanted too.
 
     Raises BadCheckpoint, and what `fetch` raises. Takes memory for the header and no more, whatever a file claims.
     """
@@ -142,16 +145,17 @@ def read_header(fetch: Fetch, name: str, file_bytes: int, number: int = 0) -> Gg
     if version not in (2, 3):
         raise cursor.bad(f"GGUF of version {version}; 2 and 3 are read, both little-endian")
     tensor_count = cursor.size("tensors", MAX_TENSORS)
-    metadata = _metadata(cursor, cursor.size("metadata entries", MAX_ENTRIES))
+    metadata, arrays = _metadata(cursor, cursor.size("metadata entries", MAX_ENTRIES), kept)
     claims = [_claim(cursor) for _ in range(tensor_count)]
     if len({claim.name for claim in claims}) != len(claims):
         raise cursor.bad("a tensor name stands twice in its header")
     tensors = _placed(cursor, claims, _alignment(cursor, metadata), number)
-    return GgufHeader(bytes(cursor.raw[: cursor.at]), metadata, tensors)
+    return GgufHeader(bytes(cursor.raw[: cursor.at]), metadata, tensors, arrays)
 
 
-def _metadata(cursor: _Cursor, count: int) -> dict[str, Value]:
+def _metadata(cursor: _Cursor, count: int, kept: Set[str]) -> tuple[dict[str, Value], dict[str, list[Value]]]:
     values: dict[str, Value] = {}
+    arrays: dict[str, list[Value]] = {}
     keys: set[str] = set()
     words_left = MAX_WORDS
     for _ in range(count):
@@ -161,10 +165,13 @@ def _metadata(cursor: _Cursor, count: int) -> dict[str, Value]:
         keys.add(key)
         kind = cursor.number("<I")
         if kind == ARRAY:
+            start = cursor.at
             words_left -= _pass_array(cursor, key, words_left)
+            if key in kept:
+                arrays[key] = _array(cursor, key, start)
         else:
             values[key] = _value(cursor, key, kind)
-    return values
+    return values, arrays
 
 
 def _value(cursor: _Cursor, key: str, kind: float) -> Value:
@@ -192,6 +199,20 @@ def _pass_array(cursor: _Cursor, key: str, word_limit: int) -> int:
     cursor.reach(cursor.at + size)
     cursor.at += size
     return 0
+
+
+def _array(cursor: _Cursor, key: str, start: int) -> list[Value]:
+    """The items of an array that was passed, and so is within its limits; `start` is where its kind stands."""
+    end, cursor.at = cursor.at, start
+    kind, count = int(cursor.number("<I")), int(cursor.number("<Q"))
+    if count > MAX_WORDS:
+        raise cursor.bad(f"items of metadata {key}: {count} where {MAX_WORDS} are the limit")
+    if kind == TEXT:
+        items: list[Value] = [cursor.text(f"a word of metadata {key}", MAX_TEXT_BYTES) for _ in range(count)]
+    else:
+        items = list(struct.unpack_from(f"<{count}{SCALARS[kind][1]}", cursor.raw, cursor.at))
+        cursor.at = end
+    return items
 
 
 def _alignment(cursor: _Cursor, metadata: dict[str, Value]) -> int:

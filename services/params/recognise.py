@@ -51,7 +51,9 @@ _DENOISERS = (
     (("^input_blocks.", "^output_blocks."), "SD 1 or 2"),
     (("^down_blocks.", "^up_blocks.", "^add_embedding."), "SDXL"),
     (("^down_blocks.", "^up_blocks.", "^conv_in."), "SD 1 or 2"),
+    (("^joint_blocks.", "x_block.attn.ln_q."), "SD3.5"),
     (("^joint_blocks.",), "SD3"),
+    (("^transformer_blocks.", "norm1_context.", "^context_embedder.", ".attn.norm_q."), "SD3.5"),
     (("^transformer_blocks.", "norm1_context.", "^context_embedder."), "SD3"),
 )
 _VAES = (

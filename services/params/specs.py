@@ -53,10 +53,14 @@ class CheckpointFile:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Files and the tensors in them, in the order of the files."""
+    """Files and the tensors in them, in the order of the files.
+
+    part: empty, or the prefix of the names of those tensors in the files that these are.
+    """
 
     files: tuple[CheckpointFile, ...]
     tensors: tuple[TensorSpec, ...]
+    part: str = ""
 
     @property
     def size_bytes(self) -> int:

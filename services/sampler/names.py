@@ -18,6 +18,8 @@ from services.sampler.llama_names import is_llama, of_llama
 
 Views = dict[str, torch.Tensor]
 
+# A class whose files have the names of another's, which diffusers knows: Qwen-Image's VAE is Wan's.
+_SAME_NAMES = {"AutoencoderKLQwenImage": "AutoencoderKLWan"}
 _OPEN_CLIP_LAYERS = "transformer.resblocks."
 REARRANGED = 256
 # A name's last parts that tell one tensor of a model from the others, more or less.
@@ -27,24 +29,26 @@ _TELLING_PARTS = 3
 def of_diffusers(cls: Any, views: Views, wanted: Mapping[str, object], config: Mapping[str, Any]) -> Views:
     """Names of a single file (`double_blocks.`, `model.diffusion_model.`, ...), by diffusers' own converter.
 
-    As they are if most of `wanted` is there, but for a prefix, or if diffusers knows no other names for this class.
+    As they are, but for a prefix, if all of `wanted` is there, or if no other names give more of it: most of Z-Image's
+    names are its authors' own.
     """
-    if is_most(views, wanted):
-        return views
     renamed = without_prefixes(views, wanted)
-    known = SINGLE_FILE_LOADABLE_CLASSES.get(cls.__name__)
+    known = SINGLE_FILE_LOADABLE_CLASSES.get(_SAME_NAMES.get(cls.__name__, cls.__name__))
     if known is None or wanted.keys() <= renamed.keys():
         return renamed
     convert = known["checkpoint_mapping_fn"]
-    prefixed = {DENOISER_PREFIX + name: view for name, view in views.items()}  # without it the UNet's finds nothing
-    for source in (views, prefixed):
+    # The UNet's finds nothing without the prefix, FLUX.2's nothing with it.
+    bare = {name.removeprefix(DENOISER_PREFIX): view for name, view in views.items()}
+    best = renamed
+    for source in (views, bare, {DENOISER_PREFIX + name: view for name, view in bare.items()}):
+        if wanted.keys() <= best.keys():
+            break
         try:
             found: Views = convert(checkpoint=dict(source), config=dict(config))
-        except (KeyError, IndexError):  # names that it does not know
+        except (KeyError, IndexError, UnboundLocalError):  # names that it does not know
             continue
-        if is_most(found, wanted):
-            return found
-    return renamed
+        best = max(best, found, key=lambda names: len(wanted.keys() & names.keys()))
+    return best
 
 
 def as_wanted(views: Views, wanted: Mapping[str, torch.Tensor]) -> Views:

@@ -29,7 +29,7 @@ def test_folders_are_relative_to_the_file(tmp_path: Path) -> None:
         ("[models.toy]\nfolder = 1\n", "models.toy needs folder"),
         (
             '[models.toy]\nfolder = "x"\nfolde = 1\n',
-            "unknown key folde .known: files, folder, pin, type, types, variant.",
+            "unknown key folde .known: checkpoint, family, files, folder, pin, tokenizer, type, types, variant.",
         ),
         ('[models.toy]\nfolder = "x"\npin = 1\n', "pin is true or false"),
         ('[models.toy]\nfolder = "x"\n[model.more]\n', "unknown key model "),

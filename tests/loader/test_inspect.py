@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.loader.published import write_component, write_files, write_whole
 from tests.loader.support import ROOT, environment, make_model, save_sharded, toy_tensors
 from tests.loader.weights_files import FLUX, LORA, T5, write_gguf, write_named
 
@@ -37,7 +38,7 @@ def test_a_file_is_described_in_a_line_and_a_table(tmp_path: Path) -> None:
 
     assert inspect(path) == (
         0,
-        f"{path}: GGUF, 9 tensors, 25.52 KiB, qwen3 (text encoder), calls itself qwen3\n"
+        f"{path}: GGUF, 9 tensors, 25.52 KiB, qwen3 (text encoder) of 8 blocks, calls itself qwen3\n"
         "  Q8_0         8   25.50 KiB\n"
         "  F32          1        20 B\n",
     )
@@ -55,6 +56,9 @@ def test_json_is_one_document(tmp_path: Path) -> None:
         "format": "safetensors",
         "files": ["a.safetensors"],
         "architecture": {"name": "", "role": "LoRA"},
+        "dimensions": {"depth": None, "channels": None, "width": None, "guided": None},
+        "families": [],
+        "parts": {},
         "stated": "",
         "tensor_count": 2,
         "size_bytes": 8,
@@ -80,7 +84,7 @@ def test_files_that_cannot_be_read_are_told_and_the_others_shown(tmp_path: Path)
     assert lines[1].startswith(f"{pointer}: a git-lfs pointer, not the weights")
     assert lines[2] == f"{missing}: No such file or directory"
     assert lines[3] == f"{long}: File name too long"
-    assert lines[4] == f"{good}: safetensors, 2 tensors, 8 B, T5 (text encoder)"
+    assert lines[4] == f"{good}: safetensors, 2 tensors, 8 B, T5 (text encoder) of 1 block"
     assert inspect_json(pickle)[1][0]["reason"].startswith("a pickle")
 
 
@@ -157,3 +161,58 @@ def test_the_readme_shows_what_is_said() -> None:
     shown = (ROOT / "README.md").read_text().partition("$ headwater-loader --inspect models/demo\n")[2]
 
     assert inspect("models/demo") == (0, shown.partition("```")[0])
+
+
+def test_files_are_described_as_one_model(tmp_path: Path) -> None:
+    """Behind each file's own line: what they are together, which other families fit, and what is still to be named."""
+    files = write_files(tmp_path, "z-image")
+
+    code, text = inspect(*files.values())
+
+    lines = [line for line in text.splitlines() if not line.startswith("  ")]
+    assert code == 0
+    assert lines[1] == (
+        f"{files['transformer']}: safetensors, 453 tensors, 11.46 GiB, Z-Image (denoiser) of 30 blocks, 16 channels,"
+        " width 2560, family z-image-turbo or z-image"
+    )
+    assert lines[3] == (
+        "together these are z-image-turbo (or z-image: family = ... says which);"
+        ' missing: tokenizer = "...", the folder of a Qwen2 tokenizer'
+    )
+    _, text = inspect(files["transformer"])
+    assert text.splitlines()[-1].startswith(
+        "together these are z-image-turbo (or z-image: family = ... says which); missing:"
+        " text_encoder (Qwen3 (text encoder) of 36 blocks, width 2560); vae (AutoencoderKL (VAE) of 16 channels);"
+    )
+
+
+def test_files_that_do_not_belong_together_are_told(tmp_path: Path) -> None:
+    """By the first reason; the exit code is 1."""
+    files = write_files(tmp_path, "z-image")
+    vae = write_component(tmp_path / "sdxl_vae.safetensors", "sdxl", "vae")
+
+    code, text = inspect(files["transformer"], vae)
+
+    assert code == 1
+    assert text.splitlines()[-1].startswith("together these are no z-image-turbo: sdxl_vae.safetensors: AutoencoderKL")
+
+
+def test_a_file_of_everything_is_described_by_its_parts(tmp_path: Path) -> None:
+    """Each component with its tensors and bytes; also in JSON, with what is missing."""
+    path = write_whole(tmp_path / "sd_xl_base.safetensors", "sdxl")
+
+    code, text = inspect(path)
+    _, (report, together) = inspect_json(path)
+
+    assert code == 0
+    lines = text.splitlines()
+    assert lines[0].endswith("SDXL (all-in-one checkpoint), family sdxl")
+    assert lines[3:6] == [
+        "  first_stage_model.*: 248 tensors, 159.56 MiB, AutoencoderKL (VAE) of 4 channels",
+        "  model.diffusion_model.*: 1680 tensors, 4.78 GiB, SDXL (denoiser) of 4 channels, width 2048",
+        "  F16       2642    6.46 GiB",
+    ]
+    assert report["parts"]["model.diffusion_model."]["size_bytes"] == 2 * 2_567_463_684
+    assert together["family"] == "sdxl"
+    assert together["components"]["unet"] == 2 * 2_567_463_684
+    assert [what.partition(" = ")[0] for what in together["missing"]] == ["tokenizer", "tokenizer_2"]
