@@ -25,6 +25,14 @@ class Numerics(Enum):
     COMPILED = "compiled"
 
 
+class ImageFormat(Enum):
+    """How a picture is encoded."""
+
+    PNG = "png"
+    JPEG = "jpeg"
+    WEBP = "webp"
+
+
 @dataclass(frozen=True, slots=True)
 class ImageRequest:
     """A validated request. Zero, empty or None: the model's default, filled in by `Traits.resolve`."""
@@ -46,6 +54,8 @@ class ImageRequest:
     tiled_decode: bool | None = None
     solver: str = ""  # stays empty where the model's own has no common name, as does schedule
     schedule: str = ""
+    format: ImageFormat = ImageFormat.PNG
+    quality: int | None = None  # 1 to 100; None for PNG, which has none
 
     def seed_of(self, index: int) -> int:
         """Seed of picture `index`, 0 to MAX_SEED; derived from the request's id if none was given."""
@@ -88,7 +98,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """An encoded glimpse of a picture."""
+    """A glimpse of a picture, always a PNG file."""
 
     image_index: int
     step: int
@@ -99,10 +109,11 @@ class Preview:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A finished picture, encoded."""
+    """A finished picture; `data` is the encoded file."""
 
     image_index: int
-    png: bytes
+    data: bytes
+    format: ImageFormat
     width_px: int
     height_px: int
     seed: int

@@ -21,6 +21,7 @@ from services.sampler.model import AttachedModel
 from services.sampler.requests import (
     Event,
     Finished,
+    ImageFormat,
     ImageRequest,
     Numerics,
     Phase,
@@ -41,6 +42,7 @@ MODEL_STATES = {
     for state in ("UNSPECIFIED", "ABSENT", "FILLING", "READY", "FAILED")
 }
 NUMERICS = {numerics: pb.Numerics.Value(f"NUMERICS_{numerics.name}") for numerics in Numerics}
+FORMATS = {each: pb.ImageFormat.Value(f"IMAGE_FORMAT_{each.name}") for each in ImageFormat}
 PHASES = {phase: pb.Phase.Value(f"PHASE_{phase.name}") for phase in Phase}
 
 
@@ -171,14 +173,14 @@ def progress(event: Progress) -> pb.Progress:
 
 def chunks(picture: Picture) -> Iterator[pb.GenerateResponse]:
     """The picture's file in parts; what it adds up to goes with the last."""
-    for start in range(0, len(picture.png), CHUNK_BYTES):
-        chunk = pb.ImageChunk(image_index=picture.image_index, data=picture.png[start : start + CHUNK_BYTES])
-        if start + CHUNK_BYTES >= len(picture.png):
+    for start in range(0, len(picture.data), CHUNK_BYTES):
+        chunk = pb.ImageChunk(image_index=picture.image_index, data=picture.data[start : start + CHUNK_BYTES])
+        if start + CHUNK_BYTES >= len(picture.data):
             chunk.last.CopyFrom(
                 pb.ImageSummary(
-                    size_bytes=len(picture.png),
-                    sha256=hashlib.sha256(picture.png).digest(),
-                    format=pb.IMAGE_FORMAT_PNG,
+                    size_bytes=len(picture.data),
+                    sha256=hashlib.sha256(picture.data).digest(),
+                    format=FORMATS[picture.format],
                     width_px=picture.width_px,
                     height_px=picture.height_px,
                     seed=picture.seed,
@@ -216,7 +218,7 @@ def parameters(request: ImageRequest, numerics: Numerics) -> pb.GenerateRequest:
         count=request.count,
         request_id=request.request_id,
         max_sequence_length=request.max_sequence_length,
-        output=pb.OutputOptions(format=pb.IMAGE_FORMAT_PNG),
+        output=pb.OutputOptions(format=FORMATS[request.format], quality=request.quality),
         numerics=NUMERICS[numerics],
         tiled_decode=request.tiled_decode,
         solver=request.solver,

@@ -8,7 +8,7 @@ import pytest
 from headwater.sampler.v1 import sampler_pb2 as pb
 
 from services.errors import InvalidRequest, NotServed
-from services.sampler.requests import MAX_SEED, ImageRequest
+from services.sampler.requests import MAX_SEED, ImageFormat, ImageRequest
 from services.sampler.traits import Traits
 from services.sampler.validation import image_request
 
@@ -47,6 +47,10 @@ def asked(**fields: object) -> pb.GenerateRequest:
         ({"preview": pb.PreviewOptions(every_step_count=-1)}, "preview.every_step_count"),
         ({"preview": pb.PreviewOptions(every_step_count=1, max_edge_px=4096)}, "preview.max_edge_px"),
         ({"output": pb.OutputOptions(quality=90)}, "output.quality"),
+        ({"output": pb.OutputOptions(format=pb.IMAGE_FORMAT_PNG, quality=90)}, "output.quality"),
+        ({"output": pb.OutputOptions(format=pb.IMAGE_FORMAT_JPEG, quality=0)}, "output.quality"),
+        ({"output": pb.OutputOptions(format=pb.IMAGE_FORMAT_WEBP, quality=101)}, "output.quality"),
+        ({"output": pb.OutputOptions(format=9)}, "output.format"),
         ({"numerics": pb.NUMERICS_COMPILED}, "numerics"),
     ],
 )
@@ -73,7 +77,6 @@ def test_all_bad_values_are_named_at_once() -> None:
         {"reference_images": [pb.ReferenceImage(data=b"x")]},
         {"mask": pb.ReferenceImage(data=b"x")},
         {"strength": 0.0},
-        {"output": pb.OutputOptions(format=pb.IMAGE_FORMAT_JPEG)},
     ],
 )
 def test_what_is_not_served_is_named(fields: dict[str, object]) -> None:
@@ -92,6 +95,22 @@ def test_every_field_is_looked_at() -> None:
     handled |= RANGES.keys() | OPTIONAL_RANGES.keys() | set(NOT_SERVED)
 
     assert {field.name for field in pb.GenerateRequest.DESCRIPTOR.fields} == handled
+
+
+def test_lossy_formats_have_a_quality() -> None:
+    """90 if nothing was said; PNG has none."""
+    outputs = [
+        pb.OutputOptions(),
+        pb.OutputOptions(format=pb.IMAGE_FORMAT_JPEG),
+        pb.OutputOptions(format=pb.IMAGE_FORMAT_WEBP, quality=1),
+    ]
+    requests = [image_request(asked(output=output)) for output in outputs]
+
+    assert [(each.format, each.quality) for each in requests] == [
+        (ImageFormat.PNG, None),
+        (ImageFormat.JPEG, 90),
+        (ImageFormat.WEBP, 1),
+    ]
 
 
 def test_defaults_are_the_models() -> None:
