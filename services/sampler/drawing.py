@@ -16,9 +16,10 @@ from PIL import Image
 from services.sampler.faults import is_memory_full
 from services.sampler.gates import Gate
 from services.sampler.model import AttachedModel, is_encoder
+from services.sampler.philox import PhiloxGenerator, philox_generator
 from services.sampler.pixels import OnHost, Pixels, drawn
 from services.sampler.previews import denoised_latents, preview_image
-from services.sampler.requests import ImageRequest, Phase, Progress
+from services.sampler.requests import ImageRequest, Phase, Progress, Rng
 from services.sampler.work import Kind
 from services.sampler.workspace import MemoryMeter, ShortageMeter, Workspace
 
@@ -83,11 +84,12 @@ class Drawing:
             view = self._model.request_view(
                 bool(self._request.tiled_decode), self._request.solver, self._request.schedule
             )
+            generator = self._generator(view)
             view.scheduler.__dict__["step"] = self._watched(view, view.scheduler.step)
-            # Noise comes from the CPU's generator on every device: the same seed is the same noise everywhere.
-            generator = torch.Generator("cpu").manual_seed(self._request.seed_of(self._index))
             arguments = self._model.traits.call_arguments(self._request)
             picture = drawn(view, arguments | {"generator": generator})
+            if isinstance(generator, PhiloxGenerator):
+                generator.check()
         except RuntimeError as error:
             if not is_memory_full(error):
                 raise
@@ -97,6 +99,13 @@ class Drawing:
             return None if self._shortage.was_short else picture
         finally:
             self._model.mend()
+
+    def _generator(self, view: Any) -> torch.Generator:
+        """Whatever it imitates, noise is drawn on the CPU: the same seed is the same noise on every device."""
+        seed = self._request.seed_of(self._index)
+        if self._request.rng is Rng.GPU_PHILOX:
+            return philox_generator(view, seed)
+        return torch.Generator("cpu").manual_seed(seed)
 
     def paused(self) -> None:
         """The rider is about to give the baton on."""

@@ -33,6 +33,13 @@ class ImageFormat(Enum):
     WEBP = "webp"
 
 
+class Rng(Enum):
+    """Whose noise a seed stands for."""
+
+    CPU = "cpu"
+    GPU_PHILOX = "gpu_philox"
+
+
 @dataclass(frozen=True, slots=True)
 class ImageRequest:
     """A validated request. Zero, empty or None: the model's default, filled in by `Traits.resolve`."""
@@ -56,6 +63,7 @@ class ImageRequest:
     schedule: str = ""
     format: ImageFormat = ImageFormat.PNG
     quality: int | None = None  # 1 to 100; None for PNG, which has none
+    rng: Rng = Rng.CPU
 
     def seed_of(self, index: int) -> int:
         """Seed of picture `index`, 0 to MAX_SEED; derived from the request's id if none was given."""

@@ -29,6 +29,7 @@ from services.sampler.requests import (
     Preview,
     Progress,
     Queued,
+    Rng,
     Started,
 )
 from services.sampler.sampler import Sampler
@@ -44,6 +45,8 @@ MODEL_STATES = {
 NUMERICS = {numerics: pb.Numerics.Value(f"NUMERICS_{numerics.name}") for numerics in Numerics}
 FORMATS = {each: pb.ImageFormat.Value(f"IMAGE_FORMAT_{each.name}") for each in ImageFormat}
 PHASES = {phase: pb.Phase.Value(f"PHASE_{phase.name}") for phase in Phase}
+
+RNGS = {rng: pb.Rng.Value(f"RNG_{rng.name}") for rng in Rng}
 
 
 class SamplerService(sampler_pb2_grpc.SamplerServiceServicer):
@@ -223,6 +226,7 @@ def parameters(request: ImageRequest, numerics: Numerics) -> pb.GenerateRequest:
         tiled_decode=request.tiled_decode,
         solver=request.solver,
         schedule=request.schedule,
+        rng=RNGS[request.rng],
     )
     if request.preview_every:
         message.preview.every_step_count = request.preview_every

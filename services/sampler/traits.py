@@ -12,7 +12,7 @@ from typing import Any
 
 from services.errors import BadCheckpoint, InvalidRequest, UnsupportedModel
 from services.sampler.choices import NO_CHOICES, Choices, choices_of
-from services.sampler.requests import ImageRequest
+from services.sampler.requests import ImageRequest, Rng
 from services.sampler.tiling import UNTILED, TileRule, decode_px_bytes
 
 # Optional fields of a request and the pipeline argument that each becomes.
@@ -44,6 +44,7 @@ class Traits:
     max_sequence_length: int | None
     decode_px_bytes: int = 0  # what a decode takes for a pixel, about; 0: the autoencoder has no tiles
     choices: Choices = NO_CHOICES
+    takes_rng: bool = False  # whether its latents are drawn where another generator can be put in
 
     @property
     def can_tile(self) -> bool:
@@ -54,6 +55,7 @@ class Traits:
         """Names of the request fields that this model takes."""
         own = [field for field, argument in ARGUMENTS.items() if argument in self.arguments]
         own += ["tiled_decode"] if self.can_tile else []
+        own += ["rng"] if self.takes_rng else []
         own += ["solver", "schedule"] if self.choices.solvers else []
         return sorted([*COMMON, *own])
 
@@ -91,6 +93,8 @@ class Traits:
             wrong.append(("preview.every_step_count", f"must be at most step_count, {filled.step_count}"))
         if filled.tiled_decode and not self.can_tile:
             wrong.append(("tiled_decode", "this model's autoencoder has no tiles: leave it out"))
+        if request.rng is not Rng.CPU and not self.takes_rng:
+            wrong.append(("rng", "this model's pipeline draws its noise by itself: leave it out"))
         wrong += self.choices.violations(request.solver, request.schedule, filled.step_count)
         if wrong:
             raise InvalidRequest(*wrong)
@@ -140,7 +144,14 @@ def traits_of(pipeline: Any, config: Path) -> Traits:
         max_sequence_length=own.get("max_sequence_length", default("max_sequence_length")),
         decode_px_bytes=decode_cost(pipeline.vae),
         choices=choices_of(pipeline),
+        takes_rng=takes_rng(pipeline),
     )
+
+
+def takes_rng(pipeline: Any) -> bool:
+    """Whether the pipeline draws its latents in a method of its own, from the generator that it is given."""
+    method = getattr(pipeline, "prepare_latents", None)
+    return method is not None and "generator" in inspect.signature(method).parameters
 
 
 def decode_cost(vae: Any) -> int:

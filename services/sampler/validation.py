@@ -8,7 +8,7 @@ from typing import Any
 
 from services.errors import InvalidRequest, NotServed
 from services.sampler.encoding import DEFAULT_QUALITY
-from services.sampler.requests import MAX_SEED, ImageFormat, ImageRequest, Numerics
+from services.sampler.requests import MAX_SEED, ImageFormat, ImageRequest, Numerics, Rng
 from services.sampler.traits import MAX_EDGE_PX, MIN_EDGE_PX
 
 PROMPT_LIMIT = 16_384
@@ -30,6 +30,7 @@ NOT_SERVED = ("loras", "reference_images", "mask", "strength")
 PREVIEW_EDGE_PX = (16, 512)
 QUALITY = (1, 100)
 FORMATS = {0: ImageFormat.PNG, 1: ImageFormat.PNG, 2: ImageFormat.JPEG, 3: ImageFormat.WEBP}
+RNGS = {0: Rng.CPU, 1: Rng.CPU, 2: Rng.GPU_PHILOX}
 NUMERICS = {1: Numerics.EAGER, 2: Numerics.COMPILED}
 
 
@@ -58,6 +59,7 @@ def image_request(message: Any, numerics: Numerics = Numerics.EAGER) -> ImageReq
         tiled_decode=message.tiled_decode if message.HasField("tiled_decode") else None,
         solver=message.solver,
         schedule=message.schedule,
+        rng=RNGS[message.rng],
         format=encoding,
         quality=None if encoding is ImageFormat.PNG else message.output.quality or DEFAULT_QUALITY,
         **optional,
@@ -114,4 +116,6 @@ def other_violations(message: Any, numerics: Numerics) -> list[tuple[str, str]]:
     wrong = []
     if message.numerics and NUMERICS.get(message.numerics) is not numerics:
         wrong.append(("numerics", f"this replica computes {numerics.value}: ask for that, or leave it out"))
+    if message.rng not in RNGS:
+        wrong.append(("rng", f"must be CPU or GPU_PHILOX, not number {message.rng}"))
     return wrong

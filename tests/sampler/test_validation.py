@@ -8,7 +8,7 @@ import pytest
 from headwater.sampler.v1 import sampler_pb2 as pb
 
 from services.errors import InvalidRequest, NotServed
-from services.sampler.requests import MAX_SEED, ImageFormat, ImageRequest
+from services.sampler.requests import MAX_SEED, ImageFormat, ImageRequest, Rng
 from services.sampler.traits import Traits
 from services.sampler.validation import image_request
 
@@ -51,6 +51,7 @@ def asked(**fields: object) -> pb.GenerateRequest:
         ({"output": pb.OutputOptions(format=pb.IMAGE_FORMAT_JPEG, quality=0)}, "output.quality"),
         ({"output": pb.OutputOptions(format=pb.IMAGE_FORMAT_WEBP, quality=101)}, "output.quality"),
         ({"output": pb.OutputOptions(format=9)}, "output.format"),
+        ({"rng": 3}, "rng"),
         ({"numerics": pb.NUMERICS_COMPILED}, "numerics"),
     ],
 )
@@ -91,7 +92,7 @@ def test_every_field_is_looked_at() -> None:
     from services.sampler.validation import NOT_SERVED, OPTIONAL_RANGES, RANGES
 
     handled = {"model", "prompt", "negative_prompt", "request_id", "preview", "output", "numerics", "tiled_decode"}
-    handled |= {"solver", "schedule"}
+    handled |= {"solver", "schedule", "rng"}
     handled |= RANGES.keys() | OPTIONAL_RANGES.keys() | set(NOT_SERVED)
 
     assert {field.name for field in pb.GenerateRequest.DESCRIPTOR.fields} == handled
@@ -131,6 +132,19 @@ def test_the_models_own_limits() -> None:
 
     assert dict(refused.value.violations).keys() == {"width_px", "true_cfg_scale"}
     assert "e.g. 992" in dict(refused.value.violations)["width_px"]
+
+
+def test_a_pipeline_that_draws_by_itself() -> None:
+    """Another generator than the CPU's is refused where it would not be asked."""
+    philox = image_request(asked(rng=pb.RNG_GPU_PHILOX))
+    with pytest.raises(InvalidRequest, match="rng: this model's pipeline draws its noise by itself"):
+        TRAITS.resolve(philox)
+
+    able = dataclasses.replace(TRAITS, takes_rng=True)
+    assert able.resolve(philox).rng is Rng.GPU_PHILOX
+    assert TRAITS.resolve(image_request(asked(rng=pb.RNG_CPU))).rng is Rng.CPU
+    assert "rng" in able.request_fields
+    assert "rng" not in TRAITS.request_fields
 
 
 def test_too_many_pixels_are_named() -> None:

@@ -12,6 +12,7 @@ class Options(TypedDict, total=False):
     numerics: "eager" or "compiled"; refused if the server is set up otherwise.
     tiled_decode: decode pictures in overlapping tiles: less memory, slightly other pixels at the seams.
     solver, schedule: common names, e.g. "dpm++2m" and "karras"; `model(name)` lists those that the model can use.
+    rng: "cpu" or "gpu_philox": whose noise the seed stands for; the second is that of CUDA devices and of web UIs.
     request_id: names the request in the server's log and derives the seed; a random UUID by default.
     """
 
@@ -34,6 +35,7 @@ class Options(TypedDict, total=False):
     tiled_decode: bool | None
     solver: str | None
     schedule: str | None
+    rng: str | None
 
 
 class Parameters(Options, total=False):

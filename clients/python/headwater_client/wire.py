@@ -37,8 +37,9 @@ FIELDS = {
     "tiled_decode": "tiled_decode",
     "solver": "solver",
     "schedule": "schedule",
+    "rng": "rng",
 }
-WORDS = {"format": pb.ImageFormat, "numerics": pb.Numerics}
+WORDS = {"format": pb.ImageFormat, "numerics": pb.Numerics, "rng": pb.Rng}
 
 
 def generate_request(prompt: str, options: Options) -> pb.GenerateRequest:
