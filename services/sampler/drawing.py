@@ -18,9 +18,10 @@ from services.errors import InvalidRequest
 from services.sampler.faults import is_memory_full
 from services.sampler.gates import Gate
 from services.sampler.model import AttachedModel, is_encoder
+from services.sampler.philox import PhiloxGenerator, philox_generator
 from services.sampler.pixels import OnHost, Pixels, drawn
 from services.sampler.previews import denoised_latents, preview_image
-from services.sampler.requests import ImageRequest, Phase, Progress
+from services.sampler.requests import ImageRequest, Phase, Progress, Rng
 from services.sampler.work import kind_of
 from services.sampler.workspace import MemoryMeter, ShortageMeter, Workspace
 
@@ -87,12 +88,13 @@ class Drawing:
             self._model.bring_pinned()
             request = self._request
             view = self._model.request_view(bool(request.tiled_decode), request.solver, request.schedule, request.task)
+            generator = self._generator(view)
             view.scheduler.__dict__["step"] = self._watched(view, view.scheduler.step)
             self._listen(view)
-            # Noise comes from the CPU's generator on every device: the same seed is the same noise everywhere.
-            generator = torch.Generator("cpu").manual_seed(request.seed_of(self._index))
             arguments = self._traits.call_arguments(request)
             picture = drawn(view, arguments | {"generator": generator})
+            if isinstance(generator, PhiloxGenerator):
+                generator.check()
         except RuntimeError as error:
             if not is_memory_full(error):
                 raise
@@ -102,6 +104,13 @@ class Drawing:
             return None if self._shortage.was_short else picture
         finally:
             self._model.mend()
+
+    def _generator(self, view: Any) -> torch.Generator:
+        """Whatever it imitates, noise is drawn on the CPU: the same seed is the same noise on every device."""
+        seed = self._request.seed_of(self._index)
+        if self._request.rng is Rng.GPU_PHILOX:
+            return philox_generator(view, seed)
+        return torch.Generator("cpu").manual_seed(seed)
 
     def paused(self) -> None:
         """The rider is about to give the baton on."""

@@ -36,6 +36,21 @@ class Task(Enum):
     EDIT = "edit"
 
 
+class ImageFormat(Enum):
+    """How a picture is encoded."""
+
+    PNG = "png"
+    JPEG = "jpeg"
+    WEBP = "webp"
+
+
+class Rng(Enum):
+    """Whose noise a seed stands for."""
+
+    CPU = "cpu"
+    GPU_PHILOX = "gpu_philox"
+
+
 @dataclass(frozen=True, slots=True)
 class ImageRequest:
     """A validated request. Zero, empty or None: the model's default, filled in by `Traits.resolve`.
@@ -64,6 +79,9 @@ class ImageRequest:
     mask: Image.Image | None = None  # L; white is repainted
     strength: float | None = None
     task: Task = Task.TEXT_TO_IMAGE  # follows from the above and from the model, whatever is said here
+    format: ImageFormat = ImageFormat.PNG
+    quality: int | None = None  # 1 to 100; None for PNG, which has none
+    rng: Rng = Rng.CPU
 
     def seed_of(self, index: int) -> int:
         """Seed of picture `index`, 0 to MAX_SEED; derived from the request's id if none was given."""
@@ -106,7 +124,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """An encoded glimpse of a picture."""
+    """A glimpse of a picture, always a PNG file."""
 
     image_index: int
     step: int
@@ -117,10 +135,11 @@ class Preview:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """A finished picture, encoded."""
+    """A finished picture; `data` is the encoded file."""
 
     image_index: int
-    png: bytes
+    data: bytes
+    format: ImageFormat
     width_px: int
     height_px: int
     seed: int

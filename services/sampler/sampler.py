@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import time
 from collections.abc import AsyncGenerator, Hashable
 from contextlib import aclosing
@@ -15,6 +14,7 @@ from services.errors import DuplicateRequest
 from services.sampler import heap
 from services.sampler.admission import Admission, Seat
 from services.sampler.drawing import Drawing, EmitPreview
+from services.sampler.encoding import encoded, png
 from services.sampler.engine import Engine
 from services.sampler.library import Library
 from services.sampler.model import AttachedModel
@@ -202,13 +202,14 @@ class Job:
         if isinstance(rider.error, Exception):
             return rider.error
         assert isinstance(rider.result, Pixels)
+        request = self._request
         try:
             image = rider.result.image()
-            file = png(image)
+            file = encoded(image, request.format, request.quality)
         except Exception as error:  # nobody else hears of it in this thread
             return self._sampler.engine.lost(error) or error
         self._sampler.image_count += 1
-        return Picture(index, file, *image.size, self._request.seed_of(index))
+        return Picture(index, file, request.format, *image.size, request.seed_of(index))
 
     def cancel(self) -> None:
         """End what still rides, at the next gate, and start nothing more."""
@@ -240,10 +241,3 @@ def shape_of(request: ImageRequest) -> Hashable:
     references = tuple(image.size for image in request.reference_images)
     size = (request.width_px, request.height_px)
     return request.model, request.task, size, references, request.max_sequence_length, guided
-
-
-def png(image: Image.Image) -> bytes:
-    """The image as a PNG file; level 1, for size hardly falls above it and time grows."""
-    file = io.BytesIO()
-    image.save(file, "PNG", compress_level=1)
-    return file.getvalue()

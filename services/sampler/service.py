@@ -22,6 +22,7 @@ from services.sampler.model import AttachedModel
 from services.sampler.requests import (
     Event,
     Finished,
+    ImageFormat,
     ImageRequest,
     Numerics,
     Phase,
@@ -29,6 +30,7 @@ from services.sampler.requests import (
     Preview,
     Progress,
     Queued,
+    Rng,
     Started,
     Task,
 )
@@ -45,7 +47,10 @@ MODEL_STATES = {
 }
 NUMERICS = {numerics: pb.Numerics.Value(f"NUMERICS_{numerics.name}") for numerics in Numerics}
 TASKS = {task: pb.Task.Value(f"TASK_{task.name}") for task in Task}
+FORMATS = {each: pb.ImageFormat.Value(f"IMAGE_FORMAT_{each.name}") for each in ImageFormat}
 PHASES = {phase: pb.Phase.Value(f"PHASE_{phase.name}") for phase in Phase}
+
+RNGS = {rng: pb.Rng.Value(f"RNG_{rng.name}") for rng in Rng}
 
 
 class SamplerService(sampler_pb2_grpc.SamplerServiceServicer):
@@ -181,14 +186,14 @@ def progress(event: Progress) -> pb.Progress:
 
 def chunks(picture: Picture) -> Iterator[pb.GenerateResponse]:
     """The picture's file in parts; what it adds up to goes with the last."""
-    for start in range(0, len(picture.png), CHUNK_BYTES):
-        chunk = pb.ImageChunk(image_index=picture.image_index, data=picture.png[start : start + CHUNK_BYTES])
-        if start + CHUNK_BYTES >= len(picture.png):
+    for start in range(0, len(picture.data), CHUNK_BYTES):
+        chunk = pb.ImageChunk(image_index=picture.image_index, data=picture.data[start : start + CHUNK_BYTES])
+        if start + CHUNK_BYTES >= len(picture.data):
             chunk.last.CopyFrom(
                 pb.ImageSummary(
-                    size_bytes=len(picture.png),
-                    sha256=hashlib.sha256(picture.png).digest(),
-                    format=pb.IMAGE_FORMAT_PNG,
+                    size_bytes=len(picture.data),
+                    sha256=hashlib.sha256(picture.data).digest(),
+                    format=FORMATS[picture.format],
                     width_px=picture.width_px,
                     height_px=picture.height_px,
                     seed=picture.seed,
@@ -226,12 +231,13 @@ def parameters(request: ImageRequest, numerics: Numerics) -> pb.GenerateRequest:
         count=request.count,
         request_id=request.request_id,
         max_sequence_length=request.max_sequence_length,
-        output=pb.OutputOptions(format=pb.IMAGE_FORMAT_PNG),
+        output=pb.OutputOptions(format=FORMATS[request.format], quality=request.quality),
         numerics=NUMERICS[numerics],
         tiled_decode=request.tiled_decode,
         solver=request.solver,
         schedule=request.schedule,
         strength=request.strength,
+        rng=RNGS[request.rng],
     )
     if request.preview_every:
         message.preview.every_step_count = request.preview_every

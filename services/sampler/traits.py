@@ -12,7 +12,7 @@ from typing import Any
 
 from services.errors import BadCheckpoint, InvalidRequest, UnsupportedModel
 from services.sampler.choices import NO_CHOICES, Choices, choices_of
-from services.sampler.requests import ImageRequest, Task
+from services.sampler.requests import ImageRequest, Rng, Task
 from services.sampler.tiling import UNTILED, TileRule, decode_px_bytes
 
 # Optional fields of a request and the pipeline argument that each becomes.
@@ -53,6 +53,7 @@ class Traits:
     strength: float | None = None
     reference_limit: int = 0
     chooses_size: bool = False  # the pipeline does, where the request does not
+    takes_rng: bool = False  # whether its latents are drawn where another generator can be put in
 
     @property
     def can_tile(self) -> bool:
@@ -63,6 +64,7 @@ class Traits:
         """Names of the request fields that this task takes."""
         own = [field for field, argument in ARGUMENTS.items() if argument in self.arguments]
         own += ["tiled_decode"] if self.can_tile else []
+        own += ["rng"] if self.takes_rng else []
         own += ["solver", "schedule"] if self.choices.solvers else []
         own += ["reference_images"] if self.reference_limit else []
         own += ["mask"] if self.task is Task.INPAINT else []
@@ -97,6 +99,8 @@ class Traits:
             wrong.append(("preview.every_step_count", f"must be at most step_count, {filled.step_count}"))
         if filled.tiled_decode and not self.can_tile:
             wrong.append(("tiled_decode", "this model's autoencoder has no tiles: leave it out"))
+        if request.rng is not Rng.CPU and not self.takes_rng:
+            wrong.append(("rng", "this model's pipeline draws its noise by itself: leave it out"))
         if (
             filled.strength is not None
             and "strength" in self.arguments
@@ -200,6 +204,7 @@ def traits_of(pipeline: Any, config: Path, task: Task | None = None) -> Traits:
         task=task,
         strength=default("strength"),
         reference_limit=0 if task is Task.TEXT_TO_IMAGE else reference_limit(type(pipeline)),
+        takes_rng=takes_rng(pipeline),
     )
 
 
@@ -220,6 +225,12 @@ def reference_limit(pipeline_class: Any) -> int:
     prepare = [getattr(pipeline_class, name, None) for name in ("prepare_latents", "prepare_image_latents")]
     several = any("images" in inspect.signature(method).parameters for method in prepare if method is not None)
     return MAX_REFERENCES if several else 1
+
+
+def takes_rng(pipeline: Any) -> bool:
+    """Whether the pipeline draws its latents in a method of its own, from the generator that it is given."""
+    method = getattr(pipeline, "prepare_latents", None)
+    return method is not None and "generator" in inspect.signature(method).parameters
 
 
 def decode_cost(vae: Any) -> int:

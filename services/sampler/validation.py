@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from services.errors import InvalidRequest, NotServed
-from services.sampler.requests import MAX_SEED, ImageRequest, Numerics
+from services.sampler.encoding import DEFAULT_QUALITY
+from services.sampler.requests import MAX_SEED, ImageFormat, ImageRequest, Numerics, Rng
 from services.sampler.traits import MAX_EDGE_PX, MAX_REFERENCES, MIN_EDGE_PX
 
 PROMPT_LIMIT = 16_384
@@ -31,7 +32,9 @@ OPTIONAL_RANGES: dict[str, tuple[float, float]] = {
 NOT_SERVED = ("loras",)
 REFERENCE_BYTES = 16 << 20
 PREVIEW_EDGE_PX = (16, 512)
-PNG = (0, 1)  # unspecified, PNG
+QUALITY = (1, 100)
+FORMATS = {0: ImageFormat.PNG, 1: ImageFormat.PNG, 2: ImageFormat.JPEG, 3: ImageFormat.WEBP}
+RNGS = {0: Rng.CPU, 1: Rng.CPU, 2: Rng.GPU_PHILOX}
 NUMERICS = {1: Numerics.EAGER, 2: Numerics.COMPILED}
 
 
@@ -41,14 +44,14 @@ def image_request(message: Any, numerics: Numerics = Numerics.EAGER) -> ImageReq
     Raises NotServed, InvalidRequest.
     """
     asked = [field for field in NOT_SERVED if is_set(message, field)]
-    if message.output.format not in PNG:
-        asked.append("output.format")
     if asked:
         raise NotServed(f"not served yet: {', '.join(asked)}; leave it out")
     wrong = [*text_violations(message), *range_violations(message), *other_violations(message, numerics)]
     wrong += reference_violations(message)
+    wrong += output_violations(message.output)
     if wrong:
         raise InvalidRequest(*wrong)
+    encoding = FORMATS[message.output.format]
     optional = {field: getattr(message, field) for field in OPTIONAL_RANGES if message.HasField(field)}
     if "strength" in optional:
         # The number that was meant: 0.7 as a float32 is a little less, and 0.7 of ten steps are seven.
@@ -67,6 +70,9 @@ def image_request(message: Any, numerics: Numerics = Numerics.EAGER) -> ImageReq
         tiled_decode=message.tiled_decode if message.HasField("tiled_decode") else None,
         solver=message.solver,
         schedule=message.schedule,
+        rng=RNGS[message.rng],
+        format=encoding,
+        quality=None if encoding is ImageFormat.PNG else message.output.quality or DEFAULT_QUALITY,
         **optional,
     )
 
@@ -104,12 +110,25 @@ def range_violations(message: Any) -> list[tuple[str, str]]:
     ]
 
 
+def output_violations(output: Any) -> list[tuple[str, str]]:
+    if output.format not in FORMATS:
+        return [("output.format", f"must be PNG, JPEG or WEBP, not number {output.format}")]
+    if not output.HasField("quality"):
+        return []
+    if FORMATS[output.format] is ImageFormat.PNG:
+        return [("output.quality", "PNG is lossless and has no quality: leave it out")]
+    low, high = QUALITY
+    if not low <= output.quality <= high:
+        return [("output.quality", f"must be {low} to {high}, not {output.quality}")]
+    return []
+
+
 def other_violations(message: Any, numerics: Numerics) -> list[tuple[str, str]]:
     wrong = []
-    if message.output.HasField("quality"):
-        wrong.append(("output.quality", "PNG is lossless and has no quality: leave it out"))
     if message.numerics and NUMERICS.get(message.numerics) is not numerics:
         wrong.append(("numerics", f"this replica computes {numerics.value}: ask for that, or leave it out"))
+    if message.rng not in RNGS:
+        wrong.append(("rng", f"must be CPU or GPU_PHILOX, not number {message.rng}"))
     return wrong
 
 

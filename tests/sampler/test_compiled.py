@@ -23,13 +23,13 @@ from services.sampler import compiling
 from services.sampler.budget import Budget
 from services.sampler.compiler import Compiler
 from services.sampler.drawing import Drawing
+from services.sampler.encoding import png
 from services.sampler.engine import Engine
 from services.sampler.helper import Helper
 from services.sampler.job import MARKERS
 from services.sampler.model import AttachedModel
 from services.sampler.requests import ImageRequest
 from services.sampler.ring import Ring
-from services.sampler.sampler import png
 from services.sampler.transfer import ArenaViews
 from services.sampler.work import WorkMemory
 from services.sampler.workspace import Workspace

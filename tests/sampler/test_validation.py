@@ -8,7 +8,7 @@ import pytest
 from headwater.sampler.v1 import sampler_pb2 as pb
 
 from services.errors import InvalidRequest, NotServed
-from services.sampler.requests import MAX_SEED, ImageRequest
+from services.sampler.requests import MAX_SEED, ImageFormat, ImageRequest, Rng
 from services.sampler.traits import Traits
 from services.sampler.validation import image_request
 
@@ -50,6 +50,11 @@ def asked(**fields: object) -> pb.GenerateRequest:
         ({"preview": pb.PreviewOptions(every_step_count=-1)}, "preview.every_step_count"),
         ({"preview": pb.PreviewOptions(every_step_count=1, max_edge_px=4096)}, "preview.max_edge_px"),
         ({"output": pb.OutputOptions(quality=90)}, "output.quality"),
+        ({"output": pb.OutputOptions(format=pb.IMAGE_FORMAT_PNG, quality=90)}, "output.quality"),
+        ({"output": pb.OutputOptions(format=pb.IMAGE_FORMAT_JPEG, quality=0)}, "output.quality"),
+        ({"output": pb.OutputOptions(format=pb.IMAGE_FORMAT_WEBP, quality=101)}, "output.quality"),
+        ({"output": pb.OutputOptions(format=9)}, "output.format"),
+        ({"rng": 3}, "rng"),
         ({"numerics": pb.NUMERICS_COMPILED}, "numerics"),
         ({"reference_images": [ONE] * 4}, "reference_images"),
         ({"reference_images": [ONE, pb.ReferenceImage()]}, "reference_images[1]"),
@@ -82,7 +87,6 @@ def test_all_bad_values_are_named_at_once() -> None:
     "fields",
     [
         {"loras": [pb.Lora(name="x")]},
-        {"output": pb.OutputOptions(format=pb.IMAGE_FORMAT_JPEG)},
     ],
 )
 def test_what_is_not_served_is_named(fields: dict[str, object]) -> None:
@@ -97,7 +101,7 @@ def test_every_field_is_looked_at() -> None:
     from services.sampler.validation import NOT_SERVED, OPTIONAL_RANGES, RANGES
 
     handled = {"model", "prompt", "negative_prompt", "request_id", "preview", "output", "numerics", "tiled_decode"}
-    handled |= {"solver", "schedule", "reference_images", "mask"}
+    handled |= {"solver", "schedule", "reference_images", "mask", "rng"}
     handled |= RANGES.keys() | OPTIONAL_RANGES.keys() | set(NOT_SERVED)
 
     assert {field.name for field in pb.GenerateRequest.DESCRIPTOR.fields} == handled
@@ -108,6 +112,22 @@ def test_strength_is_the_number_that_was_meant() -> None:
     request = image_request(asked(reference_images=[ONE], strength=0.7))
 
     assert request.strength == 0.7
+
+
+def test_lossy_formats_have_a_quality() -> None:
+    """90 if nothing was said; PNG has none."""
+    outputs = [
+        pb.OutputOptions(),
+        pb.OutputOptions(format=pb.IMAGE_FORMAT_JPEG),
+        pb.OutputOptions(format=pb.IMAGE_FORMAT_WEBP, quality=1),
+    ]
+    requests = [image_request(asked(output=output)) for output in outputs]
+
+    assert [(each.format, each.quality) for each in requests] == [
+        (ImageFormat.PNG, None),
+        (ImageFormat.JPEG, 90),
+        (ImageFormat.WEBP, 1),
+    ]
 
 
 def test_defaults_are_the_models() -> None:
@@ -128,6 +148,19 @@ def test_the_models_own_limits() -> None:
 
     assert dict(refused.value.violations).keys() == {"width_px", "true_cfg_scale"}
     assert "e.g. 992" in dict(refused.value.violations)["width_px"]
+
+
+def test_a_pipeline_that_draws_by_itself() -> None:
+    """Another generator than the CPU's is refused where it would not be asked."""
+    philox = image_request(asked(rng=pb.RNG_GPU_PHILOX))
+    with pytest.raises(InvalidRequest, match="rng: this model's pipeline draws its noise by itself"):
+        TRAITS.resolve(philox)
+
+    able = dataclasses.replace(TRAITS, takes_rng=True)
+    assert able.resolve(philox).rng is Rng.GPU_PHILOX
+    assert TRAITS.resolve(image_request(asked(rng=pb.RNG_CPU))).rng is Rng.CPU
+    assert "rng" in able.request_fields
+    assert "rng" not in TRAITS.request_fields
 
 
 def test_too_many_pixels_are_named() -> None:

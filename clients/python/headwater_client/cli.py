@@ -18,7 +18,7 @@ from .bench import bench
 from .blocking import Client
 from .errors import HeadwaterError, InvalidRequest
 from .events import Event, Finished, Image, Preview
-from .outputs import Outputs
+from .outputs import FORMATS, Outputs
 
 
 def _version() -> str:
@@ -40,10 +40,10 @@ def cli() -> None:
     "-o",
     "--output",
     type=click.Path(path_type=Path),
-    default=Path("out.png"),
-    show_default=True,
-    help="File for the picture: .png, .jpg, .jpeg or .webp. With --count above 1: out-0.png, out-1.png, ...",
+    help="File for the picture: .png, .jpg, .jpeg or .webp; default: out.png, or as --format says. "
+    "With --count above 1: out-0.png, out-1.png, ...",
 )
+@click.option("--format", "kind", type=click.Choice(FORMATS), help="Encoding; default: by the suffix of --output.")
 @flags.picture
 @click.option(
     "--image",
@@ -55,7 +55,7 @@ def cli() -> None:
 @click.option("--mask", type=click.Path(path_type=Path), help="Where to repaint the one --image: white is repainted.")
 @click.option("--strength", type=float, help="How far to move from --image, 0 to 1; default: the model's.")
 @click.option("--seed", type=int, help="Seed of the first picture; the next ones count up.")
-@click.option("--quality", type=int, help="Of .jpg and .webp, 1 to 100.")
+@click.option("--quality", type=int, help="Of JPEG and WebP, 1 to 100; default: 90.")
 @click.option("--save-preview", type=click.Path(path_type=Path), metavar="DIR", help="Keep previews there.")
 @click.option("--preview-every", type=int, metavar="N", help="Steps between previews; 1 with --save-preview.")
 @click.option("--retries", type=int, help="Further attempts while the server is gone or its queue is full.")
@@ -63,13 +63,13 @@ def cli() -> None:
 @flags.as_json
 @click.option("--quiet", is_flag=True, help="No bars and no file names; errors only.")
 @flags.address
-def generate(prompt: str, output: Path, save_preview: Path | None, **given: Any) -> None:
+def generate(prompt: str, output: Path | None, kind: str | None, save_preview: Path | None, **given: Any) -> None:
     """Draw PROMPT and print the names of the files; existing files are replaced.
 
     A file appears when its picture is complete, and is never half written. If a later picture fails, the earlier
     files stay.
     """
-    outputs = Outputs(output, given["count"], save_preview)
+    outputs = Outputs.asked(output, kind, given["count"], save_preview)
     outputs.check()
     options = _options(outputs, given)
     files: list[str] = []

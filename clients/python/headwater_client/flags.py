@@ -29,6 +29,11 @@ _PICTURE = (
     click.option("--cfg", type=float, help="true_cfg_scale, where the model has one."),
     click.option("--solver", help="Update rule by its common name, e.g. dpm++2m; default: the model's."),
     click.option("--schedule", help="Schedule of sigmas by its common name, e.g. karras; default: the model's."),
+    click.option(
+        "--rng",
+        type=click.Choice(["cpu", "gpu_philox"]),
+        help="Whose noise a seed stands for: cpu, or gpu_philox, that of CUDA devices and web UIs; default: cpu.",
+    ),
     click.option("--negative", help="What to steer away from."),
     click.option(
         "--tiled-decode/--no-tiled-decode",
@@ -56,6 +61,7 @@ def options(given: Mapping[str, Any]) -> Options:
         "true_cfg_scale": given["cfg"],
         "solver": given["solver"],
         "schedule": given["schedule"],
+        "rng": given["rng"],
         "negative_prompt": given["negative"],
         "tiled_decode": given["tiled_decode"],
     }

@@ -19,6 +19,7 @@ class Options(TypedDict, total=False):
     solver, schedule: common names, e.g. "dpm++2m" and "karras"; `model(name)` lists those that the model can use.
     images: pictures to start from, or to refer to where the model edits. mask: where to repaint the one picture, white
     is repainted. strength: how far to move from it, 0 to 1. `model(name)` lists what tasks the model can do.
+    rng: "cpu" or "gpu_philox": whose noise the seed stands for; the second is that of CUDA devices and of web UIs.
     request_id: names the request in the server's log and derives the seed; a random UUID by default.
     """
 
@@ -44,6 +45,7 @@ class Options(TypedDict, total=False):
     images: Sequence[Source] | None
     mask: Source | None
     strength: float | None
+    rng: str | None
 
 
 class Parameters(Options, total=False):

@@ -10,7 +10,8 @@ from .errors import InvalidRequest
 from .events import Image, Preview, Result
 from .files import write_whole
 
-FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+SUFFIXES = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
+FORMATS = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}  # and the suffix of each
 SIZE = re.compile(r"(\d{1,5})[xX](\d{1,5})")
 
 
@@ -19,23 +20,29 @@ class Outputs:
     """Names of files: `path` for one picture; with the index before the suffix (out-0.png) if there are several."""
 
     path: Path
+    format: str
     count: int
     preview_dir: Path | None
 
+    @classmethod
+    def asked(cls, path: Path | None, kind: str | None, count: int, preview_dir: Path | None) -> "Outputs":
+        """What is not said follows: the encoding from the suffix, the name from the encoding. Raises InvalidRequest."""
+        if path is None:
+            path = Path("out" + FORMATS[kind or "png"])
+        by_suffix = SUFFIXES.get(path.suffix.lower())
+        if kind is None and by_suffix is None:
+            raise InvalidRequest.of(("--output", f"{str(path)!r} must end in {', '.join(SUFFIXES)}, or say --format"))
+        if kind is not None and by_suffix not in (kind, None):
+            raise InvalidRequest.of(("--format", f"is {kind}, but {str(path)!r} is a name for {by_suffix}"))
+        return cls(path, kind or by_suffix or "", count, preview_dir)
+
     def check(self) -> None:
         """Raises InvalidRequest if the files could not be written."""
-        if self.path.suffix.lower() not in FORMATS:
-            raise InvalidRequest.of(("--output", f"{str(self.path)!r} must end in {', '.join(FORMATS)}"))
         if self.path.is_dir():
             raise InvalidRequest.of(("--output", f"{self.path} is a directory"))
         _check_directory("--output", self.path.parent)
         if self.preview_dir is not None:
             _check_directory("--save-preview", self.preview_dir)
-
-    @property
-    def format(self) -> str:
-        """The encoding that the suffix stands for."""
-        return FORMATS[self.path.suffix.lower()]
 
     def image_path(self, index: int) -> Path:
         """Where picture `index` goes."""

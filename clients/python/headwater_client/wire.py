@@ -40,10 +40,11 @@ FIELDS = {
     "solver": "solver",
     "schedule": "schedule",
     "strength": "strength",
+    "rng": "rng",
 }
 # Options that are files.
 FILES = ("images", "mask")
-WORDS = {"format": pb.ImageFormat, "numerics": pb.Numerics}
+WORDS = {"format": pb.ImageFormat, "numerics": pb.Numerics, "rng": pb.Rng}
 
 
 def generate_request(prompt: str, options: Options) -> pb.GenerateRequest:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from client_theatre import TAKES_INTERRUPTS, Headwater, ScriptedSampler, Stage, command, draw, info, png
 from google.rpc import error_details_pb2
+from headwater.sampler.v1 import sampler_pb2 as pb
 from headwater_client.cli import main
 
 
@@ -66,6 +67,28 @@ def test_a_solver_and_a_schedule_are_asked_for(headwater: Headwater, sampler: Sc
     assert [(each.solver, each.schedule) for each in sampler.requests] == [("unipc", "beta"), ("", "")]
 
 
+@pytest.mark.parametrize(
+    ("flags", "sent", "file"),
+    [
+        ([], (pb.IMAGE_FORMAT_PNG, None), "out.png"),
+        (["-o", "fox.JPG", "--quality", "75"], (pb.IMAGE_FORMAT_JPEG, 75), "fox.JPG"),
+        (["-o", "fox.webp"], (pb.IMAGE_FORMAT_WEBP, None), "fox.webp"),
+        (["--format", "jpeg"], (pb.IMAGE_FORMAT_JPEG, None), "out.jpg"),
+        (["--format", "jpeg", "-o", "fox.jpeg"], (pb.IMAGE_FORMAT_JPEG, None), "fox.jpeg"),
+        (["--format", "webp", "-o", "fox"], (pb.IMAGE_FORMAT_WEBP, None), "fox"),
+    ],
+)
+def test_an_encoding_is_asked_for(
+    flags: list[str], sent: tuple[int, int | None], file: str, headwater: Headwater, sampler: ScriptedSampler
+) -> None:
+    """By the suffix or by --format, which also gives a name where there is none."""
+    done = headwater("generate", "a fox", *flags)
+    output = sampler.requests[0].output
+
+    assert (done.returncode, done.stdout) == (0, f"{file}\n")
+    assert (output.format, output.quality if output.HasField("quality") else None) == sent
+
+
 def test_quiet_says_nothing(headwater: Headwater, sampler: ScriptedSampler) -> None:
     """Success is silent."""
     done = headwater("generate", "a fox", "--quiet")
@@ -89,6 +112,8 @@ def test_previews_are_kept(headwater: Headwater, sampler: ScriptedSampler, tmp_p
         (["generate", "a", "-o", "gone/out.png"], "the directory gone does not exist"),
         (["generate", "a", "-o", "out.bmp"], "must end in .png"),
         (["generate", "a", "-o", "out"], "must end in .png"),
+        (["generate", "a", "-o", "out.png", "--format", "webp"], "--format: is webp, but 'out.png' is a name for png"),
+        (["generate", "a", "--format", "bmp"], "'bmp' is not one of"),
         (["generate", "a", "--size", "big"], "'big' is no size"),
         (["generate", "a", "--steps", "many"], "'many' is not a valid integer"),
         (["generate", "a", "--steps", "99999999999"], "steps: 99999999999 is"),

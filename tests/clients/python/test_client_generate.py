@@ -83,6 +83,7 @@ def test_every_option_reaches_its_field(client: Client, sampler: ScriptedSampler
         "tiled_decode": False,
         "solver": "dpm++2m",
         "schedule": "karras",
+        "rng": "gpu_philox",
     }
     client.generate("a fox", **options)
     client.generate("a fox", seed=None)
@@ -94,7 +95,7 @@ def test_every_option_reaches_its_field(client: Client, sampler: ScriptedSampler
     assert (request.request_id, request.max_sequence_length, request.true_cfg_scale) == ("r-1", 77, 1.5)
     assert request.HasField("tiled_decode")
     assert not request.tiled_decode
-    assert (request.solver, request.schedule) == ("dpm++2m", "karras")
+    assert (request.solver, request.schedule, request.rng) == ("dpm++2m", "karras", 2)
     assert {field.name for field, _ in bare.ListFields()} == {"prompt", "request_id"}
 
 
