@@ -253,11 +253,11 @@ def write(model: str, folder: Path, form: str = "shards", tiny: bool = False) ->
 
 
 @contextmanager
-def there(model: str, folder: Path | None, tiny: bool) -> Iterator[tuple[Path, Path]]:
+def there(model: str, folder: Path | None, tiny: bool, form: str = "shards") -> Iterator[tuple[Path, Path]]:
     """(The model's folder, written if it is not there; a folder for what else a run needs, which goes with it)."""
     with tempfile.TemporaryDirectory() as disk:
         folder = folder or Path(disk) / model
-        list(write(model, folder, tiny=tiny))
+        list(write(model, folder, form, tiny))
         yield folder, Path(disk)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from headwater_client import Client, Image
@@ -29,6 +30,7 @@ class Job:
     count: int = 1
     model: str = "z"
     tiled_decode: bool | None = False  # the same work at every budget, and plain diffusers' pixels
+    more: Mapping[str, Any] = field(default_factory=lambda: {"guidance_scale": 0.0})  # of the client's options
 
     def take(self, name: str) -> Job:
         """The same with a prompt of the same length in tokens that no sampler has seen: nothing is remembered of it."""
@@ -55,8 +57,7 @@ def ask(address: str, job: Job) -> Answer:
         start = time.perf_counter()
         result = client.generate(
             job.prompt, model=job.model, width=job.width_px, height=job.height_px, steps=job.step_count,
-            guidance_scale=0.0, seed=job.seed, count=job.count, timeout=TIMEOUT_S,
-            tiled_decode=job.tiled_decode,
+            seed=job.seed, count=job.count, timeout=TIMEOUT_S, tiled_decode=job.tiled_decode, **job.more,
         )  # fmt: skip
         return Answer(result.images, result.finished, time.perf_counter() - start)
 

@@ -332,3 +332,11 @@ def test_transcode(run: Any) -> None:
     eight, four = figures["losses"]
     assert 0 < eight["weight_error"] < four["weight_error"] < 0.2
     assert eight["pixel_mean"] < four["pixel_mean"]
+
+
+def test_edit(run: Any) -> None:
+    """A whole edit within a budget; what is drawn again is the same."""
+    figures = run("edit", "--takes", "1")["eager"]
+    assert figures["same_again"] is True
+    assert figures["streamed_bytes"] > 0
+    assert figures["sweep_to_left"] <= 1.01

@@ -7,6 +7,7 @@ from names. This file knows torch modules and arenas; it knows nothing of riders
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +19,8 @@ from services.sampler.packed.runs import Fetch, Packed
 
 # An embedding table above this is looked up on the host: a prompt needs a few of its rows.
 HOST_LOOKUP_BYTES = 64 << 20
+# What a gate may unpack to, over what may travel for it: one scratch holds it, while slots are three.
+UNPACKED_SHARE = 2
 
 
 @dataclass(eq=False, slots=True)
@@ -169,12 +172,16 @@ def round_up(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def split(root: nn.Module, limit_bytes: int) -> tuple[list[tuple[str, nn.Module]], list[torch.Tensor]]:
+def split(
+    root: nn.Module, limit_bytes: int, arena_bytes: Mapping[int, int] | None = None
+) -> tuple[list[tuple[str, nn.Module]], list[torch.Tensor]]:
     """Modules to put gates in front of, in registration order, and the tensors that no such module holds.
 
     A module is split while it is larger than the limit or is a mere container, whose own forward nobody calls.
     What a split module owns directly is read outside its children's gates and must stay on the device.
+    arena_bytes: of tensors that are packed there, by id; unpacked they may have UNPACKED_SHARE times the limit.
     """
+    packed = arena_bytes or {}
     gated: list[tuple[str, nn.Module]] = []
     left: list[torch.Tensor] = []
     seen: set[int] = set()
@@ -184,9 +191,11 @@ def split(root: nn.Module, limit_bytes: int) -> tuple[list[tuple[str, nn.Module]
             return
         seen.add(id(module))
         size = sum(t.numel() * t.element_size() for t in module.parameters())
+        travels = sum(packed.get(id(t), t.numel() * t.element_size()) for t in module.parameters())
+        fits = travels <= limit_bytes and size <= UNPACKED_SHARE * limit_bytes
         children = [(n, m) for n, m in module.named_children() if m is not None]
         container = isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict)
-        if size and not container and (size <= limit_bytes or not children):
+        if size and not container and (fits or not children):
             gated.append((name, module))
             return
         left.extend(own_tensors(module))

@@ -91,7 +91,8 @@ class AttachedModel:
             self._pin(component, tuple(p for p in component.params if id(p.tensor) in buffers))
             return
         by_tensor = {id(p.tensor): p for p in component.params}
-        modules, left = split(component.module, limit)
+        packed = {id(p.tensor): sum(size for _, size in p.ranges) for p in component.params if p.packing}
+        modules, left = split(component.module, limit, packed)
         self._pin(component, tuple(by_tensor[id(t)] for t in left if id(t) in by_tensor))
         for name, module in modules:
             tensors = itertools.chain(module.parameters(), module.buffers())

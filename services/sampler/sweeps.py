@@ -28,9 +28,9 @@ from services.sampler.tracks import Track
 def choose(costs_s: Sequence[float], bus_s: float, load_s: float = 0.0, carried_count: int = 0) -> list[int]:
     """Indices of the riders that a sweep takes on, of those that wait in this order. Pure; seconds.
 
-    costs_s: compute of each for one pass. bus_s: what the sweep keeps the bus busy, or the compute that it takes to hide
-    that (overlap.py). load_s, carried_count: compute and number of those that it carries already; if there are none,
-    the first is taken on in any case.
+    costs_s: compute of each for one pass. bus_s: what the sweep keeps the bus busy, or the compute that it takes to
+    hide that (overlap.py). load_s, carried_count: compute and number of those that it carries already; if there are
+    none, the first is taken on in any case.
 
     While the bus has time to spare the next one is taken on, also if it does not fit wholly: two sweeps of their own
     would take both of them longer. Beyond that the rest is left for later if it can fill a sweep of its own, so that

@@ -85,6 +85,18 @@ def test_split_goes_down_to_leaves() -> None:
     assert [n for n, _ in split(Net(), 100)[0]] == ["table", "blocks.0.0", "blocks.1.0", "blocks.2.0", "heads.a"]
 
 
+def test_what_is_packed_counts_as_it_travels() -> None:
+    """A block stays whole that is small enough on the bus, unless its scratch would be far larger than a slot."""
+    net = Net()
+    packed = {id(p): p.numel() for p in net.parameters()}
+
+    names = [[name for name, _ in split(net, limit, packed)[0]] for limit in (300, 550, 600)]
+    assert names[0] == ["table", "blocks.0.0", "blocks.1.0", "blocks.2.0", "heads.a"]
+    assert names[1] == ["table", "blocks.0", "blocks.1", "blocks.2", "heads.a"]
+    assert [name for name, _ in split(net, 600)[0]] == names[0]
+    assert [name for name, _ in split(net, 1 << 14, packed)[0]] == [""]
+
+
 def test_a_shared_module_gets_one_gate() -> None:
     """A module that is registered twice is gated once."""
     net = Net()
