@@ -20,7 +20,7 @@ demo: setup ## a loader and two samplers draw out/demo.png and say what it cost 
 	@env --block-signal=INT,TERM,HUP $(bin)/python scripts/demo $(FLAGS)
 
 test: setup ## all tests but those that need Go or Node
-	$(bin)/python -m pytest -m 'not clients'
+	$(bin)/python -m pytest -m 'not clients' --numprocesses auto --maxprocesses 4 --dist loadfile
 
 gpu-test: setup ## the tests that need a CUDA device
 	$(bin)/python -m pytest -m gpu

@@ -12,7 +12,11 @@ from tests.test_imports import MODULES, of, package, roots
 # What shortens a file or takes pages out of it.
 SHORTENING = {"truncate", "ftruncate", "fallocate", "MADV_REMOVE", "MADV_FREE", "write_bytes", "write_text"}
 # (module, function) that may: it makes a new file as long as it will be, before anybody can attach it.
-MAY_SHORTEN = {("services.params.owned_arena", "create"), ("services.loader.preflight", "check_nodes")}  # new files
+MAY_SHORTEN = {
+    ("services.params.owned_arena", "create"),
+    ("services.loader.preflight", "check_nodes"),
+    ("services.loader.arenas", "_write"),
+}
 # (module, function) that may take a name away: under the lock that says that nobody maps it, or nobody could yet.
 MAY_UNLINK = {
     ("services.params.arena", "discard"),

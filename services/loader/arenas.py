@@ -161,8 +161,8 @@ class ArenaDir:
             for inside, path in source.small_files:
                 _copy(path, scratch / inside)
             for inside, path in source.tokenizers:
-                for name, content in tokenizer_files(path).items():
-                    _write(content, scratch / inside / name)
+                for file, content in tokenizer_files(path).items():
+                    _write(content, scratch / inside / file)
             scratch.rename(folder)
         except OSError as error:
             shutil.rmtree(scratch, ignore_errors=True)

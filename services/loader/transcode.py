@@ -22,12 +22,14 @@ _PACKINGS = {packing.name: packing for packing in PACKINGS.values()}
 _FLOATS = ("BF16", "F16", "F32")
 # The components that a model's type is about.
 _ROLES = (Role.DENOISER, Role.TEXT_ENCODER)
-# Blocks are for matrices; these stay what they are: embeddings of words, steps and positions, and the layers by which
-# a picture and a prompt come in and the picture leaves. stable-diffusion.cpp leaves the same ones.
+# Blocks are for matrices; these stay what they are: embeddings of steps and positions, and the layers by which a
+# picture and a prompt come in and the picture leaves. stable-diffusion.cpp leaves the same ones, and tables of words
+# too; these llama.cpp packs, and they are a tenth of Z-Image's encoder.
 _DELICATE = re.compile(
     r"emb(ed|d|\.)|(^|\.)shared\.|relative_attention_bias"
     r"|(img|txt|time|vector|guidance)_in\.|final_layer|(^|\.)norm_out\.|^proj_out\.|^lm_head\."
 )
+_WORDS = re.compile(r"(^|\.)(embed_tokens|shared|token_embedding)\.weight$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,7 @@ def _is_meant(tensor: TensorSpec, type_: str) -> bool:
     if type_ in _FLOATS:
         return tensor.dtype in _FLOATS
     is_matrix = len(tensor.shape) > 1 and math.prod(tensor.shape[:-1]) > 1 and tensor.name.endswith(".weight")
-    return is_matrix and not _DELICATE.search(tensor.name)
+    return is_matrix and bool(_WORDS.search(tensor.name) or not _DELICATE.search(tensor.name))
 
 
 def _obstacle(tensor: TensorSpec, wanted: str) -> str:

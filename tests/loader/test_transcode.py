@@ -66,14 +66,28 @@ def chosen(component: str, rules: TypeRules, role: Role | None, *specs: tuple[st
 
 @pytest.mark.parametrize(
     "name",
-    ["x_embedder.weight", "time_text_embed.guidance_embedder.linear_1.weight", "embed_tokens.weight", "shared.weight",
-     "token_embd.weight", "label_emb.0.0.weight", "img_in.weight", "final_layer.linear.weight", "proj_out.weight",
+    ["x_embedder.weight", "time_text_embed.guidance_embedder.linear_1.weight", "position_embedding.weight",
+     "label_emb.0.0.weight", "img_in.weight", "final_layer.linear.weight", "proj_out.weight",
      "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", "norm_out.linear.weight",
      "scale_shift_table", "layers.0.attention.to_q.bias"],
 )  # fmt: skip
 def test_a_type_leaves_alone_what_is_delicate(name: str) -> None:
     """Embeddings, the first and the last layers, and what is no weight of a matrix."""
     assert not chosen("transformer", TypeRules("Q8_0"), Role.DENOISER, (name, "BF16", (64, 64)))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.embed_tokens.weight",
+        "embed_tokens.weight",
+        "shared.weight",
+        "text_model.embeddings.token_embedding.weight",
+    ],
+)
+def test_tables_of_words_are_matrices_too(name: str) -> None:
+    """Of which a prompt needs some rows; they are a tenth of an encoder."""
+    assert chosen("text_encoder", TypeRules("Q8_0"), Role.TEXT_ENCODER, (name, "BF16", (64, 64))) == [name]
 
 
 def test_a_type_is_for_matrices_of_denoisers_and_text_encoders() -> None:
