@@ -30,10 +30,6 @@ class PassCosts:
         """Seconds of a whole pass; of what is known of it so far, 0 for a kind that was not seen."""
         return self._pass_s.get(kind, 0.0)
 
-    def gate_s(self, kind: Hashable, gate: object) -> float:
-        """Seconds behind one gate; 0 for what was not seen."""
-        return self._gate_s.get(kind, {}).get(gate, 0.0)
-
     def took(self, kind: Hashable, gate: object, seconds: float) -> None:
         if kind not in self._gate_s:
             if len(self._gate_s) >= KIND_LIMIT:

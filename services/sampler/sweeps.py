@@ -13,14 +13,12 @@ not depend on how many riders or gates there are; sorting is done once a sweep.
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from heapq import heappop, heappush
 
 from services.sampler.estimates import StepCosts
 from services.sampler.gates import Gate
-from services.sampler.overlap import hiding_load_s
-from services.sampler.residency import SLOT_COUNTS
 from services.sampler.riders import Rider
 from services.sampler.tracks import Track
 
@@ -28,9 +26,8 @@ from services.sampler.tracks import Track
 def choose(costs_s: Sequence[float], bus_s: float, load_s: float = 0.0, carried_count: int = 0) -> list[int]:
     """Indices of the riders that a sweep takes on, of those that wait in this order. Pure; seconds.
 
-    costs_s: compute of each for one pass. bus_s: what the sweep keeps the bus busy, or the compute that it takes to
-    hide that (overlap.py). load_s, carried_count: compute and number of those that it carries already; if there are
-    none, the first is taken on in any case.
+    costs_s: compute of each for one pass. bus_s: what the sweep keeps the bus busy. load_s, carried_count: compute and
+    number of those that it carries already; if there are none, the first is taken on in any case.
 
     While the bus has time to spare the next one is taken on, also if it does not fit wholly: two sweeps of their own
     would take both of them longer. Beyond that the rest is left for later if it can fill a sweep of its own, so that
@@ -198,13 +195,6 @@ class Sweeps:
         """What a sweep keeps the bus busy. Summed up for each: what is resident may change at any time."""
         return sum(self._bus_s_of_gate(gate) for gate in track.learnt)
 
-    def _hiding_load_s(self, track: Track, riders: Sequence[Rider]) -> float:
-        """Compute of those that wait here that would hide what a sweep brings."""
-        kinds = Counter(rider.kind for rider in riders)
-        copies_s = [self._bus_s_of_gate(gate) for gate in track.learnt]
-        computes_s = [sum(n * track.costs.gate_s(kind, gate) for kind, n in kinds.items()) for gate in track.learnt]
-        return hiding_load_s(copies_s, computes_s, max(SLOT_COUNTS))
-
     def _due_s(self, rider: Rider) -> float:
         return rider.seated_s + self._steps.remaining_s(rider)
 
@@ -243,7 +233,7 @@ class Sweeps:
             sweep = Sweep(self.track(first.gate), 0.0)
             self._board(sweep, [first])
         else:
-            sweep = Sweep(lane, self._hiding_load_s(lane, riders))
+            sweep = Sweep(lane, self._bus_s(lane))
             self._board(sweep, sorted(riders, key=self._due_s))
         sweep.at = sweep.next_place() or 0  # who was left at the first gate is not asked again there
         return sweep

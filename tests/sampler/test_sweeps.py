@@ -87,22 +87,6 @@ def test_riders_that_fit_share_every_sweep() -> None:
     assert max(ride.took_s for ride in rides) < 1.1 * 5 * GATES
 
 
-def test_riders_share_a_sweep_whose_bytes_lie_where_little_is_computed() -> None:
-    """Each computes as long as the bus takes, but elsewhere in the pass: alone both would wait for the bytes."""
-    world = World()
-    copies_s, computes_s = [1.0] * 10 + [0.1] * 10, (0.1,) * 10 + (1.1,) * 10
-    gates = world.component("unet", 20, [round(each * BYTES_PER_S) for each in copies_s])
-    alone = world.arrival(0.0, [(gates, 5)], computes_s)
-    world.run()
-    world.rides.clear()
-    start_s = world.now = 1000.0
-    rides = [world.arrival(start_s, [(gates, 5)], computes_s) for _ in range(2)]
-    world.run()
-
-    assert all(ride.rider.result == ride.alone() for ride in rides)
-    assert max(ride.ended_s for ride in rides) - start_s < 0.85 * 2 * alone.took_s
-
-
 def test_riders_that_do_not_fit_wait_for_who_is_nearly_done() -> None:
     """Beyond the bus time the one with the least work left goes first, and the mean is better for it."""
     world = World()

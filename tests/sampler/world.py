@@ -10,7 +10,7 @@ import heapq
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,7 +104,7 @@ class Ride:
 
     world: World
     plan: list[tuple[list[Stop], int]]  # (gates of a component, passes over them)
-    gate_s: float | Sequence[float]  # compute at each gate, of all or one by one
+    gate_s: float  # compute at each gate
     kind: object
     steps: int
     seed: int = 0
@@ -130,9 +130,7 @@ class Ride:
                     value = compute(value, gate)
                     if self.fault is not None and gate.name == "1":
                         raise self.fault
-                    self.world.pass_for(
-                        self.gate_s[int(gate.name)] if isinstance(self.gate_s, Sequence) else self.gate_s
-                    )
+                    self.world.pass_for(self.gate_s)
                     self._assert_open(gate)
                 if passes > 1:
                     self.steps_left -= 1
@@ -174,12 +172,10 @@ class World:
         self._due: list[tuple[float, int, Callable[[], object]]] = []
         self._number = itertools.count()
 
-    def component(self, name: str, gate_count: int, gate_bytes: int | Sequence[int]) -> list[Stop]:
-        """gate_bytes: of each gate, of all or one by one."""
+    def component(self, name: str, gate_count: int, gate_bytes: int) -> list[Stop]:
         arena: Any = Arena()
         gates = [Stop(name, str(n), nn.Identity(), arena, ()) for n in range(gate_count)]
-        sizes = gate_bytes if isinstance(gate_bytes, Sequence) else [gate_bytes] * gate_count
-        self.bus.bytes_of.update(zip(gates, sizes, strict=True))
+        self.bus.bytes_of.update((gate, gate_bytes) for gate in gates)
         return gates
 
     # ---- what is to happen
@@ -187,9 +183,7 @@ class World:
     def at(self, when_s: float, what: Callable[[], object]) -> None:
         heapq.heappush(self._due, (when_s, next(self._number), what))
 
-    def arrival(
-        self, when_s: float, plan: list[tuple[list[Stop], int]], gate_s: float | Sequence[float], **more: Any
-    ) -> Ride:
+    def arrival(self, when_s: float, plan: list[tuple[list[Stop], int]], gate_s: float, **more: Any) -> Ride:
         steps = max((passes for _, passes in plan if passes > 1), default=0)
         ride = Ride(self, plan, gate_s, **{"kind": gate_s, "steps": steps, **more})
         self.rides.append(ride)
