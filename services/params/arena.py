@@ -87,11 +87,9 @@ class AttachedArena:
         fcntl.flock(self._fd, fcntl.LOCK_UN)
         os.close(self._fd)
         self._fd = -1
-        for view in (self._states, self.data):
-            with suppress(BufferError):
-                view.release()
-        with suppress(BufferError):
-            self._map.close()
+        # Nothing is released: a tensor holds the memoryview and not its buffer, and would be left pointing nowhere.
+        self.data = self._states = memoryview(b"")
+        del self._map
 
     def __enter__(self) -> Self:
         return self

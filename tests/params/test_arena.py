@@ -140,6 +140,26 @@ def test_the_lease_holds_until_close_even_if_views_live(owned: OwnedArena) -> No
     assert bytes(view) == b"\1" * 100
 
 
+def test_a_tensor_outlives_the_attachment(owned: OwnedArena) -> None:
+    """In a process of its own: it would die. The memory goes with the tensor, and not before."""
+    fill(owned, 0)
+    code = f"""
+import torch
+from pathlib import Path
+from services.params.arena import attach
+maps = lambda: {owned.path.name!r} in Path('/proc/self/maps').read_text()
+arena = attach(Path({str(owned.path)!r}), {GENERATION!r})
+tensor = torch.frombuffer(arena.data, dtype=torch.uint8)
+arena.close()
+print(maps(), tensor[:100].sum().item())
+del tensor
+print(maps())
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+
+    assert (done.returncode, done.stdout.split()) == (0, ["True", "100", "False"]), done.stderr
+
+
 def test_a_killed_reader_holds_no_lease(owned: OwnedArena) -> None:
     """The kernel drops the lease with the process."""
     attaching = f"a = attach(Path({str(owned.path)!r}), {GENERATION!r})"
