@@ -48,8 +48,14 @@ def normals(seed: int, draw: int, count: int) -> NDArray[np.float32]:
     counters = np.zeros((4, count), np.uint32)
     counters[0], counters[1] = draw % WORD, draw // WORD
     counters[2] = np.arange(count, dtype=np.uint32)
-    words = philox4x32(counters, (seed % WORD, seed // WORD % WORD))[:2]
-    # Every operation of the device's, rounded as there: near 1 a logarithm shows the last bit of what it is given.
+    return box_muller(philox4x32(counters, (seed % WORD, seed // WORD % WORD))[:2])
+
+
+def box_muller(words: NDArray[np.uint32]) -> NDArray[np.float32]:
+    """A standard normal number for each pair of words, (2, n).
+
+    Every operation is rounded as on the device: near 1 a logarithm shows the last bit of what it is given.
+    """
     centred = words.astype(np.float32).astype(np.float64) + 0.5
     uniform = (centred[0] / WORD).astype(np.float32)
     angle = (centred[1] * (TWO_PI / WORD)).astype(np.float32)

@@ -15,8 +15,16 @@ from diffusers.utils.torch_utils import randn_tensor
 from headwater_client import Client
 
 from services.errors import InvalidRequest
-from services.sampler.philox import PhiloxGenerator, PhiloxNoise, normals, philox4x32, philox_generator
+from services.sampler import drawing
+from services.sampler.drawing import Drawing
+from services.sampler.philox import PhiloxGenerator, PhiloxNoise, box_muller, normals, philox4x32, philox_generator
+from services.sampler.requests import ImageRequest, Rng
+from services.sampler.transfer import ArenaViews
+from services.sampler.work import WorkMemory
+from services.sampler.workspace import Workspace
+from tests.sampler.inprocess import attached, under_baton
 from tests.sampler.support import pixels, plain_picture, plain_pipeline, served
+from tests.stack import Stack
 from tests.tiny_models import CALLS
 
 WITHIN = 5e-6
@@ -39,6 +47,14 @@ def test_known_answers(counter: str, key: str, block: str) -> None:
 
     blocks = philox4x32(counters, (first, second))
     assert [f"{word:08x}" for word in blocks[:, 2]] == block.split()
+
+
+def test_the_farthest_numbers_are_finite() -> None:
+    """Words at the ends of their range: a uniform is never 0, and rounded to 1 it gives 0."""
+    words = np.array([[0, 0, 2**32 - 1], [2**30, 3 * 2**30, 2**30]], np.uint32)
+    farthest = np.sqrt(2 * 33 * np.log(2))
+
+    assert np.abs(box_muller(words) - [farthest, -farthest, 0]).max() < WITHIN
 
 
 # torch.randn on an H200 with torch 2.11: a generator with the seed drew (3, 4), (1, 4, 64, 64), (5,), (1, 16, 96, 96)
@@ -108,15 +124,30 @@ def test_other_threads_are_not_told() -> None:
 
 
 def test_noise_drawn_elsewhere_is_found_out() -> None:
-    """A pipeline that draws by itself would draw the CPU's noise; one that draws none has no use for a generator."""
-    elsewhere, never = generator_of(3), generator_of(3)
+    """A pipeline that draws by itself would draw the CPU's noise, as torch.rand does; one may draw none."""
+    elsewhere, other, never = generator_of(3), generator_of(3), generator_of(3)
     torch.randn(2, generator=elsewhere)
     with PhiloxNoise():
         torch.randn(2, generator=elsewhere)
+        torch.randn(2, generator=other)
+        torch.rand(2, generator=other)
 
-    for generator in (elsewhere, never):
+    for generator in (elsewhere, other, never):
         with pytest.raises(InvalidRequest, match="rng: this model draws noise"):
             generator.check()
+
+
+def test_a_picture_of_other_noise_is_refused(stack: Stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that draws elsewhere than in the methods that know the generator: no picture rather than a wrong one."""
+    monkeypatch.setattr(drawing, "philox_generator", lambda view, seed: PhiloxGenerator("cpu").manual_seed(seed))
+    asked = ImageRequest("tiny", "a red fox", "r", step_count=2, seed=1, rng=Rng.GPU_PHILOX)
+    with attached(stack, "tiny", ArenaViews()) as model:
+        workspace = Workspace(model.engine, WorkMemory(0))
+        resolved = model.traits.resolve(asked)
+        picture = Drawing(model, workspace, resolved, 0, lambda progress: None, lambda step, image: None)
+
+        with pytest.raises(InvalidRequest, match="rng: this model draws noise"):
+            under_baton(model.engine, picture.draw)
 
 
 CASES = [("z_image", {}), ("qwen_image", {}), ("flux", {}), ("sdxl", {}), ("sdxl", {"solver": "euler_a"})]
