@@ -18,7 +18,8 @@ from PIL import Image
 from tests.stack import Stack
 from tests.tiny_models import CALLS
 
-DTYPES = {"z_image_bf16": torch.bfloat16, "flux_bf16": torch.bfloat16, "sdxl_f16": torch.float16}
+DTYPES = dict.fromkeys(("z_image_bf16", "flux_bf16", "sdxl_bf16", "qwen_image_bf16"), torch.bfloat16)
+DTYPES["sdxl_f16"] = torch.float16
 
 
 def architecture(name: str) -> str:
