@@ -171,10 +171,18 @@ PACKED_FORMS = {
 }
 
 
-def write_gguf(path: Path, architecture: str, tensors: Tensors, device: torch.device, form: PackedForm) -> None:
-    """One GGUF file, tensor by tensor."""
+def write_gguf(
+    path: Path,
+    architecture: str,
+    tensors: Tensors,
+    device: torch.device,
+    form: PackedForm,
+    tell: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
+) -> None:
+    """One GGUF file, tensor by tensor; `tell` adds metadata."""
     part = path.with_suffix(".part")
     writer = gguf.GGUFWriter(part, architecture)
+    tell(writer)
     for name, shape in tensors.items():
         if form.packs(shape):
             rows = (shape[0], form.row_bytes(shape))

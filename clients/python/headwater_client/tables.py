@@ -57,6 +57,15 @@ def show_model(model: ModelDetails) -> None:
     _add(table, "solvers", ", ".join(model.solvers) or "its own")
     _add(table, "schedules", ", ".join(model.schedules) or "its own")
     _add(table, "takes", ", ".join(model.request_fields))
+    for part in model.components:
+        stays = f", {size(part.resident_bytes)} on the device" if part.resident_bytes else ""
+        _add(
+            table,
+            part.name,
+            f"{part.class_name}, {size(part.size_bytes)} in {part.dtype}, gates {part.gate_count}{stays}",
+        )
+        for line in part.outside:
+            _add(table, "", f"a copy of its own: {line}")
     _print(table)
 
 

@@ -270,6 +270,16 @@ def test_models_and_status_are_tables_or_json(headwater: Headwater, sampler: Scr
     assert documents[1]["attached_models"] == ["demo"]
 
 
+def test_a_model_is_told_with_its_components(headwater: Headwater, sampler: ScriptedSampler) -> None:
+    """And what of them is not in shared memory."""
+    lines = headwater("model", "demo").stdout.splitlines()
+
+    assert [line.split() for line in lines if "transformer" in line] == [
+        ["transformer", ",", "5", "B", "in", "bfloat16,", "gates", "0"]
+    ]
+    assert lines[-1].split() == ["a", "copy", "of", "its", "own:", "norm:", "read-only"]
+
+
 def test_prepare_tells_bytes(headwater: Headwater, sampler: ScriptedSampler) -> None:
     """Plain lines on stderr, or one document on stdout."""
     plain, document = headwater("prepare", "demo"), headwater("prepare", "--json")
