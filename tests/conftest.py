@@ -18,6 +18,13 @@ os.environ |= {"TRANSFORMERS_VERBOSITY": "error", "DIFFUSERS_VERBOSITY": "error"
 
 
 LOG_LINES = 60
+# They take minutes each: first, so that no worker is left alone with one of them.
+LONG_FILES = ("test_bench.py", "test_compiled.py", "test_life.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first; the order within files, and of the others, stays."""
+    items.sort(key=lambda item: item.path.name not in LONG_FILES)
 
 
 @pytest.hookimpl(wrapper=True)
