@@ -48,6 +48,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+DENOISERS = ("transformer", "unet")
 # Below 5, hooks on shared modules kept one caller's hidden states for the next.
 TRANSFORMERS_FLOOR = 5
 
@@ -89,8 +90,12 @@ def build_pipeline(config: Path, arenas: Mapping[str, AttachedArena]) -> tuple[A
     index = json.loads((config / "model_index.json").read_text())
     pipeline_class = pipeline_class_of(index)
     wanted = {name: (entry[0], entry[1]) for name, entry in index.items() if is_component(entry)}
-    components = [bind(name, wanted[name], config / name, arenas[name]) for name in sorted(arenas) if name in wanted]
-    missing = [c for c in ("transformer", "unet", "vae") if c in wanted and c not in arenas]
+    # As diffusers' torch_dtype: pipelines hand numbers from one component to the next, and most of them cast none.
+    dtype = next((dtype_of(told_apart(arenas[name].tensors)[0]) for name in DENOISERS if name in arenas), None)
+    components = [
+        bind(name, wanted[name], config / name, arenas[name], dtype) for name in sorted(arenas) if name in wanted
+    ]
+    missing = [c for c in (*DENOISERS, "vae") if c in wanted and c not in arenas]
     if missing:
         raise BadCheckpoint(f"the folder has no params for {', '.join(missing)}")
     try:
@@ -119,13 +124,18 @@ def pipeline_class_of(index: Mapping[str, object]) -> Any:
     return found
 
 
-def bind(name: str, entry: tuple[str, str], config: Path, arena: AttachedArena) -> BoundComponent:
-    """Build one component with its params as views of the arena. Raises BadCheckpoint, UnsupportedModel."""
+def bind(
+    name: str, entry: tuple[str, str], config: Path, arena: AttachedArena, dtype: torch.dtype | None = None
+) -> BoundComponent:
+    """Build one component with its params as views of the arena. Raises BadCheckpoint, UnsupportedModel.
+
+    dtype: what it is computed with; floats of another kind become that on arrival. None: what most of its numbers are.
+    """
     class_name = entry[1]
     cls = component_class(*entry)
     params, scales = told_apart(arena.tensors)
     data = arena_bytes(arena)
-    dtype = dtype_of(params)
+    dtype = dtype or dtype_of(params)
     phantoms = phantoms_of(cls, params, scales, data, dtype)
     views = views_of(params, data, phantoms)
     conversion = Conversion(data, phantoms)

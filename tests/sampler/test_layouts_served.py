@@ -96,3 +96,29 @@ def test_pictures_equal_diffusers(stack: Stack, cases: dict[str, Case]) -> None:
         assert plain.std() > 1
         assert np.array_equal(pixels(result.images[0].pil), plain), name
     sampler.stop()
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A FLUX.1 as its files circulate: denoiser and T5 in bfloat16, CLIP in float16, the autoencoder in float32."""
+    root = tmp_path_factory.mktemp("mixed")
+    folder = write_folder("flux", root / "flux_bf16", torch.bfloat16)
+    whole = write_folder("flux", root / "flux")
+    for component, dtype in (("text_encoder", torch.float16), ("vae", torch.float32)):
+        (file,) = (whole / component).glob("*.safetensors")
+        tensors = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
+        save_file(tensors, folder / component / file.name, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("flags", [(), ("--test-ring",)])
+def test_components_of_other_dtypes_compute_with_the_denoisers(
+    mixed: Path, flags: tuple[str, ...], tmp_path: Path
+) -> None:
+    """As diffusers has it with torch_dtype: pipelines do not cast what goes from one to the next."""
+    with running(tmp_path, {"flux_mixed": mixed}) as stack:
+        stack.loader()
+        sampler = stack.sampler(*flags)
+        result = served(sampler.addresses[0], "flux_mixed", PROMPT, SIZE, STEPS, SEED)
+
+    assert np.array_equal(pixels(result.images[0].pil), pixels(plain_picture(mixed, PROMPT, SIZE, STEPS, SEED)))
