@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import re
 import time
 from pathlib import Path
@@ -18,7 +19,8 @@ from PIL import Image
 from tests.stack import Stack
 from tests.tiny_models import CALLS
 
-DTYPES = dict.fromkeys(("z_image_bf16", "flux_bf16", "sdxl_bf16", "qwen_image_bf16"), torch.bfloat16)
+HALVES = ("z_image_bf16", "flux_bf16", "sdxl_bf16", "qwen_image_bf16", "sd3_bf16", "sd15_bf16")
+DTYPES = dict.fromkeys(HALVES, torch.bfloat16)
 DTYPES["sdxl_f16"] = torch.float16
 
 
@@ -29,7 +31,9 @@ def architecture(name: str) -> str:
 
 @functools.lru_cache(maxsize=1)
 def plain_pipeline(folder: Path, device: str) -> Any:
-    pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=DTYPES.get(folder.name, torch.float32))
+    index = json.loads((folder / "model_index.json").read_text())
+    absent: dict[str, Any] = {name: None for name, entry in index.items() if entry == [None, None]}
+    pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=DTYPES.get(folder.name, torch.float32), **absent)
     pipeline.set_progress_bar_config(disable=True)
     # Params are views of the mapped file, at addresses that are multiples of 8 only. Matrix products of a CPU (MKL, on
     # AMD) give other last bits there than at a tensor's usual 64; arenas and slots keep 512.
