@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from services.errors import BadCheckpoint
-from services.loader.assembly import Piece, assign, families_of, missing_from, pieces_of, tokenizers_of
-from services.loader.family import families_for
+from services.loader.assembly import Piece, assign, missing_from, pieces_of, tokenizers_of
+from services.loader.family import Family, families_for
 from services.params.recognise import Role
 
 
@@ -43,19 +43,18 @@ def set_report(paths: Sequence[Path]) -> SetReport | None:
         except BadCheckpoint as error:
             bad = bad or str(error)
     denoisers = [piece for piece in pieces if piece.shape.architecture.role is Role.DENOISER]
-    if len(denoisers) != 1 or not families_for(denoisers[0].shape):
+    families = families_for(denoisers[0].shape) if len(denoisers) == 1 else []
+    if not families:
         return None
-    families = families_of(denoisers, {})
     report = SetReport(families[0].name, [family.name for family in families[1:]], reason=bad)
     try:
-        _fill(report, pieces)
+        _fill(report, families[0], pieces)
     except BadCheckpoint as error:
         report.reason = bad or str(error)
     return report
 
 
-def _fill(report: SetReport, pieces: Sequence[Piece]) -> None:
-    family = families_of([piece for piece in pieces if piece.shape.architecture.role is Role.DENOISER], {})[0]
+def _fill(report: SetReport, family: Family, pieces: Sequence[Piece]) -> None:
     checkpoints = assign(family, pieces)
     report.components = {part: checkpoints[part].size_bytes for part in sorted(checkpoints)}
     report.missing = missing_from(family, checkpoints) + tokenizers_of(family, checkpoints, {})[1]

@@ -192,6 +192,7 @@ class Ring:
             for param in gate.params:
                 param.tensor.data = param.view
             return
+        scratch = self._scratch_of(gate)  # first: if there was no memory for it, slots may change
         slot = self._find(gate) or self._bring_or_make_way(gate)
         if slot.staging is not None:
             slot.staging.result()
@@ -200,7 +201,6 @@ class Ring:
             assert slot.arrived is not None
             torch.cuda.current_stream(self.device).wait_event(slot.arrived)
             slot.is_arriving = False
-        scratch = self._scratch_of(gate)
         slot.unpack(gate, scratch)
         if not slot.is_bound:
             slot.is_bound = True

@@ -119,3 +119,26 @@ def test_the_scratch_changes_with_the_models() -> None:
     assert len(places) == 1
     assert held_then == held
     assert made.held_bytes == 0
+
+
+def test_a_scratch_that_could_not_be_had_is_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By whoever opens a packed gate next; slots change with it, and the gate is closed as any other."""
+    small, large = Model(1), Model(2, rows=2 * ROWS)
+    made = ring(small, 1 << 17, keep_residents=False)
+    made.attach(large.gates)
+
+    def full(device: torch.device, size_bytes: int, poison: bool) -> torch.Tensor:
+        if size_bytes:
+            raise torch.OutOfMemoryError
+        return torch.empty(0, dtype=torch.uint8)
+
+    with monkeypatch.context() as short:
+        short.setattr("services.sampler.ring.new_memory", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            made.detach(large.gates)
+    made.enter(small.gates[0])
+    assert small.holds_its_own(0)
+    made.leave(small.gates[0])
+
+    assert not small.holds_its_own(0)
+    pass_all(made, small)
