@@ -7,7 +7,6 @@ pipeline with a tensor left on meta is refused. Must run under the baton: buildi
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 from collections import Counter
@@ -16,17 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 import transformers
 from accelerate import init_empty_weights
-from diffusers import DiffusionPipeline  # here, for it imports much: not when the first request comes
 from torch import nn
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from services.errors import BadCheckpoint, UnsupportedModel
 from services.params.arena import AttachedArena
 from services.params.layout import PlacedTensor
+from services.sampler.classes import component_class, pipeline_class_of
 from services.sampler.conversion import Conversion
 from services.sampler.gates import BoundParam, arena_bytes
 from services.sampler.llama_names import is_llama
@@ -49,8 +47,6 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 DENOISERS = ("transformer", "unet")
-# Below 5, hooks on shared modules kept one caller's hidden states for the next.
-TRANSFORMERS_FLOOR = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +68,6 @@ class BoundComponent:
     params: tuple[BoundParam, ...]
     outside: tuple[Outside, ...]
     dtype: torch.dtype
-
-
-def check_libraries() -> None:
-    """Raises UnsupportedModel if transformers is too old to share modules between requests."""
-    if int(transformers.__version__.split(".")[0]) < TRANSFORMERS_FLOOR:
-        raise UnsupportedModel(
-            f"transformers {transformers.__version__} is too old: install {TRANSFORMERS_FLOOR} or newer"
-        )
 
 
 def build_pipeline(config: Path, arenas: Mapping[str, AttachedArena]) -> tuple[Any, list[BoundComponent]]:
@@ -110,18 +98,6 @@ def build_pipeline(config: Path, arenas: Mapping[str, AttachedArena]) -> tuple[A
 
 def is_component(entry: object) -> bool:
     return isinstance(entry, list) and len(entry) == 2 and entry[0] is not None
-
-
-def pipeline_class_of(index: Mapping[str, object]) -> Any:
-    """The pipeline class that model_index.json names. Raises UnsupportedModel."""
-    name = str(index.get("_class_name"))
-    found = getattr(diffusers, name, None)
-    if not (isinstance(found, type) and issubclass(found, DiffusionPipeline)):
-        raise UnsupportedModel(f"diffusers {diffusers.__version__} has no pipeline class {name}")
-    if "PAG" in name:
-        # It swaps attention processors on the shared modules in mid-request, under the other riders.
-        raise UnsupportedModel(f"{name} rewrites shared modules while it draws: use the pipeline without PAG")
-    return found
 
 
 def bind(
@@ -165,20 +141,6 @@ def first_line(error: BaseException) -> str:
     """What a library says, short and without a path."""
     line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return "the folder lacks a file" if "/" in line else line[:200]
-
-
-def component_class(library: str, class_name: str) -> type[nn.Module]:
-    """The class that an entry of model_index.json names; some pipelines bring classes of their own."""
-    for module_name in (library, f"diffusers.pipelines.{library}"):
-        if module_name.split(".")[0] not in ("diffusers", "transformers"):
-            continue
-        try:
-            found = getattr(importlib.import_module(module_name), class_name, None)
-        except ImportError:
-            continue
-        if isinstance(found, type) and issubclass(found, nn.Module):
-            return found
-    raise UnsupportedModel(f"neither diffusers nor transformers has the class {class_name}")
 
 
 def dtype_of(params: Sequence[PlacedTensor]) -> torch.dtype:

@@ -28,8 +28,8 @@ from services.rpc.server import (
 from services.sampler import compiling
 from services.sampler.admission import Admission
 from services.sampler.attaching import Attacher
-from services.sampler.binding import check_libraries
 from services.sampler.budget import GIB
+from services.sampler.classes import check_libraries
 from services.sampler.compiler import Compiler
 from services.sampler.config import Config, ConfigError
 from services.sampler.device import open_device, open_graphs, tile_rule
